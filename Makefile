@@ -1,0 +1,46 @@
+# Everything lives in .venv, which the first target that needs it builds. Needs python3.11+ and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+
+.PHONY: demo test test-all lint format bench clean
+
+demo: $(VENV)/.demo  ## serve a real agent, send real requests, look at the table
+	$(BIN)/python -m examples.demo
+
+test: $(VENV)/.test  ## the core tests: a few minutes
+	$(BIN)/pytest -m "not heavy"
+
+test-all: $(VENV)/.test-all  ## the tests that need the heavy extras
+	$(BIN)/pytest -m heavy
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.test  ## rough figures for added latency on this machine
+	$(BIN)/python -m benchmarks.added_latency
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "tracelake needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras, rebuilt when the project's files change.
+$(VENV)/.demo: EXTRAS = demo
+$(VENV)/.test: EXTRAS = test
+$(VENV)/.test-all: EXTRAS = test,heavy
+$(VENV)/.lint: EXTRAS = test,lint
+$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing tracelake[$(EXTRAS)] into $(VENV) ..."
+	$(PIP) install --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@touch $@
