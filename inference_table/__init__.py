@@ -1,0 +1,1 @@
+"""The inference table: record, spool, exactly-once writer, Delta table, query."""
