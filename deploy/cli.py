@@ -1,0 +1,286 @@
+"""The command line ``tracelake``.
+
+What a command needs is imported when it runs: ``tracelake --help`` answers at once.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from inference_table.errors import TracelakeError
+
+if TYPE_CHECKING:
+    from inference_table.table import InferenceRow, InferenceTable
+
+__all__ = ["main"]
+
+LAST: Final = "last"
+PIPE_WIDTH: Final = 120
+"""Cells of a line where there is no terminal to ask: most files and logs are read at that width or wider."""
+
+
+class Commands(click.Group):
+    """Errors of ours are one line; a programmer's mistake keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TracelakeError as error:
+            if ctx.params.get("debug"):
+                raise
+            raise click.ClickException(" ".join(str(error).split())) from error
+
+
+def print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    try:
+        number = version("tracelake")
+    except PackageNotFoundError:
+        number = "(not installed)"
+    click.echo(f"tracelake {number}")
+    ctx.exit()
+
+
+table_option = click.option(
+    "--table",
+    metavar="URI",
+    help="Delta table: a path, s3://, az:// or gs://.  "
+    "[default: INFERENCE_TABLE_URI, else ./tracelake-data/payload]",
+)
+spool_option = click.option(
+    "--spool-dir",
+    metavar="DIR",
+    help="Where rows wait on this machine.  "
+    "[default: INFERENCE_TABLE_SPOOL_DIR, else ./tracelake-data/spool]",
+)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Examples:
+  tracelake serve my_agent:app
+  curl -d '{"question": "hi"}' -H 'content-type: application/json' localhost:8000/ask
+  tracelake query "select request_time, status_code, response from payload"
+  tracelake trace last""",
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=print_version,
+    help="Show the version.",
+)
+@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+def main(debug: bool) -> None:
+    """Inference tables for LLM agents: every request, response and MLflow trace is a row of a Delta table.
+
+    `serve` runs an agent and records, `query` asks the table in SQL, `trace` draws one request.
+    """
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  tracelake serve my_agent:app
+  tracelake serve my_agent:app --table s3://bucket/agents/payload --workers 4
+  tracelake serve my_agent:app --durability strict       answer only what is recorded
+
+\b
+my_agent:app is any ASGI app (FastAPI, Starlette, ...) and needs no line of ours. Metrics are at /metrics.
+Each option is also an environment variable, INFERENCE_TABLE_DURABILITY and so on."""
+)
+@click.argument("app", metavar="MODULE:APP")
+@table_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on."
+)
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Server processes.")
+@click.option(
+    "--durability",
+    type=click.Choice(["relaxed", "strict", "committed"]),
+    help="When a reply may leave: at once, once its record is on disk, or once it is in the table.  "
+    "[default: relaxed]",
+)
+@spool_option
+@click.option("--flush-seconds", type=float, metavar="SECONDS", help="Pause between commits.  [default: 1]")
+@click.option(
+    "--sampling-fraction",
+    type=float,
+    metavar="0..1",
+    help="Part of the requests that is recorded.  [default: 1]",
+)
+@click.option(
+    "--served-entity", metavar="NAME", help="Endpoint and version, for the column served_entity_id."
+)
+@click.option(
+    "--app-dir", default=".", show_default=True, metavar="DIR", help="Folder to import the app from."
+)
+@click.option(
+    "--log-level",
+    default="info",
+    show_default=True,
+    type=click.Choice(["critical", "error", "warning", "info", "debug", "trace"]),
+)
+def serve(
+    app: str,
+    table: str | None,
+    host: str,
+    port: int,
+    workers: int,
+    app_dir: str,
+    log_level: str,
+    **settings: Any,
+) -> None:
+    """Serve an agent and record every request it answers."""
+    from serving.app import serve as serve_app
+
+    given = {name: value for name, value in {"uri": table, **settings}.items() if value is not None}
+    serve_app(
+        app, host=host, port=port, workers=workers, app_dir=app_dir, log_level=log_level, settings=given
+    )
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  tracelake query "select status_code, count(*) from payload group by all"
+  tracelake query "select response->>'$.choices[0].message.content' from payload
+                   where request_date = current_date limit 10"
+  tracelake query "from payload where trace_state = 'ERROR'" | jq .trace_id
+  echo "select count(*) from payload" | tracelake query -
+
+\b
+The SQL is DuckDB's: https://duckdb.org/docs/sql/introduction. request and response are JSON text.
+Name a request_date and whole days are left unread; leave out response and none of it is read."""
+)
+@click.argument("sql")
+@table_option
+@click.option("--pending", is_flag=True, help="Also read what this machine has not yet committed.")
+@spool_option
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", "json", "csv", "markdown"]),
+    help="json is one object per line.  [default: table on a terminal, else json]",
+)
+def query(sql: str, table: str | None, pending: bool, spool_dir: str | None, style: str | None) -> None:
+    """Ask the table, which is called payload, in SQL. With - the SQL is read from standard input."""
+    from deploy.output import write_result
+
+    text = sys.stdin.read() if sql == "-" else sql
+    begin = time.monotonic()
+    source = open_table(table, spool_dir)
+    with waiting(f"reading {source.uri}"):
+        result = source.query(text, pending=pending)
+    chosen = style or ("table" if sys.stdout.isatty() else "json")
+    write_result(result, chosen)
+    if chosen == "table":
+        rows = f"{len(result):,} row{'' if len(result) == 1 else 's'}"
+        also = f", {result.pending_rows:,} pending rows read" if pending else ""
+        click.echo(f"{rows} in {time.monotonic() - begin:.2f} s{also}", err=True)
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  tracelake trace last
+  tracelake trace last --where "status_code >= 500"
+  tracelake trace 019aa8b4-bb00-7244-813e-99135dcd95f4
+  tracelake trace tr-5f2b7c60a0b34c3e9b2d --full | less -R
+
+\b
+The id is the reply's header x-databricks-request-id (column databricks_request_id) or MLflow's trace id."""
+)
+@click.argument("id_", metavar="ID|last")
+@table_option
+@click.option(
+    "--pending/--no-pending",
+    default=True,
+    show_default=True,
+    help="Also look among what this machine has not yet committed.",
+)
+@spool_option
+@click.option("--where", metavar="SQL", help="With `last`: the newest request that meets this condition.")
+@click.option("--full", is_flag=True, help="Show inputs, outputs and stack traces whole.")
+def trace(
+    id_: str, table: str | None, pending: bool, spool_dir: str | None, where: str | None, full: bool
+) -> None:
+    """Draw one request: its spans, how long they took, what went in and out, and what failed.
+
+    ID is a databricks_request_id or an MLflow trace id; `last` is the newest request.
+    """
+    if where is not None and id_ != LAST:
+        raise click.UsageError("--where goes with `last`: an id names one request")
+    source = open_table(table, spool_dir)
+    with waiting(f"reading {source.uri}"):
+        row = find_row(source, id_, where, pending)
+    print_request(row, full)
+
+
+def open_table(uri: str | None, spool_dir: str | None) -> "InferenceTable":
+    from inference_table.table import InferenceTable
+
+    return InferenceTable(uri, spool_dir=spool_dir)
+
+
+def find_row(source: "InferenceTable", id_: str, where: str | None, pending: bool) -> "InferenceRow":
+    if id_ == LAST:
+        rows = source.newest(1, where=where, pending=pending)
+        found = rows[0] if rows else None
+    else:
+        found = source.get(id_, pending=pending)
+    if found is None:
+        what = (
+            f"request {id_!r}" if id_ != LAST else "request that meets the condition" if where else "request"
+        )
+        raise click.ClickException(
+            f"cannot find the {what} in '{source.uri}': it may wait in another machine's spool or have been "
+            'sampled out; try `tracelake query "select databricks_request_id, request_time from payload"`'
+        )
+    return found
+
+
+def print_request(row: "InferenceRow", full: bool) -> None:
+    from rich.console import Console
+
+    from deploy.span_tree import render_request, render_trace
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    width = console.width if console.is_terminal or "COLUMNS" in os.environ else PIPE_WIDTH
+    for line in render_request(row, width, full=full):
+        console.print(line, soft_wrap=True)
+    console.print()
+    main_trace = row.trace()
+    if main_trace is None:
+        console.print("no trace was recorded for this request", style="dim")
+        return
+    for one in [main_trace, *row.other_traces()]:
+        for line in render_trace(one, width, full=full):
+            console.print(line, soft_wrap=True)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say what is waited for, where a person may be waiting."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""One version of the table as DuckDB and DataFusion see it.
+
+DuckDB reads the data files that the Delta log names with its own Parquet reader: only the columns a query
+needs, skipping row groups and, for limits, whole payloads. delta-rs' own engine looks rows up by id: it
+prunes files, pages and rows by their statistics, which is several times faster where an id is known.
+
+A file of another age may lack columns or hold a narrower type; the schema of the Delta log decides, and what
+a file lacks is null. Partition values are read from folder names, which DuckDB prunes before it opens a file.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any, Final
+
+import duckdb
+import pyarrow as pa
+from deltalake import DeltaTable, QueryBuilder
+from deltalake.exceptions import DeltaError
+from deltalake.exceptions import TableNotFoundError as DeltaTableNotFoundError
+
+from inference_table.errors import TableError, TableNotFoundError, TableSchemaError
+from inference_table.settings import StorageSettings
+
+__all__ = ["Snapshot", "literal", "one_line", "open_snapshot", "quoted"]
+
+STORE: Final = "tracelake://"
+"""Scheme of the paths that DuckDB hands back to us."""
+GLOB: Final = re.compile(r"[*?\[]")
+"""What DuckDB takes for a pattern in a path."""
+NULL_FOLDER: Final = "__HIVE_DEFAULT_PARTITION__"
+MAX_MESSAGE: Final = 400
+"""Characters of an engine's message: some quote the payload they failed on."""
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def quoted(name: str) -> str:
+    """An SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """An SQL string."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an engine without its drawing of where in the query it was."""
+    message = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split("\n\nLINE ")[0].split("\n\nStack Trace")[0]
+    line = " ".join(message.split())
+    return line if len(line) <= MAX_MESSAGE else line[:MAX_MESSAGE] + "…"
+
+
+def open_snapshot(settings: StorageSettings) -> "Snapshot":
+    """The newest version of the table.
+
+    Raises:
+        TableNotFoundError: there is none.
+        TableError: it can't be reached, or has features that we don't read.
+    """
+    uri = settings.absolute_uri
+    try:
+        table = DeltaTable(uri, storage_options=dict(settings.storage_options))
+    except DeltaTableNotFoundError:
+        raise TableNotFoundError(
+            f"cannot read the table '{uri}': there is no Delta table; give another path or URI, or set "
+            "INFERENCE_TABLE_URI (it is created when the first server that writes to it starts)"
+        ) from None
+    except (DeltaError, OSError, ValueError) as error:
+        raise TableError(
+            f"cannot open the table '{uri}': {one_line(error)}; check its address, options and credentials"
+        ) from error
+    check_readable(table, uri)
+    return Snapshot(table, settings)
+
+
+def check_readable(table: DeltaTable, uri: str) -> None:
+    """Refuse what would give wrong rows: DuckDB reads the files as they are."""
+    if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
+        raise TableSchemaError(f"cannot read the table '{uri}': it uses column mapping; rewrite it without")
+    if has_deletion_vectors(table):
+        raise TableSchemaError(
+            f"cannot read the table '{uri}': it has files with deletion vectors; "
+            "run REORG TABLE ... APPLY (PURGE) on it, and set delta.enableDeletionVectors=false"
+        )
+
+
+def has_deletion_vectors(table: DeltaTable) -> bool:
+    if "deletionVectors" not in (table.protocol().reader_features or []):
+        return False
+    try:
+        return bool(pa.table(table.deletion_vectors()).num_rows)
+    except DeltaError:
+        # One that delta-rs can't read is one all the same.
+        return True
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One version of the table; never changes."""
+
+    table: DeltaTable
+    settings: StorageSettings
+
+    @property
+    def version(self) -> int:
+        return self.table.version()
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        return pa.schema(self.table.schema().to_arrow())
+
+    def committed(self, spool_id: str) -> int:
+        """The last segment of a spool that is in this version; 0 if none is."""
+        return self.table.transaction_version(spool_id) or 0
+
+    def rows(self, column: str, values: Sequence[str]) -> pa.Table:
+        """All columns of the rows that have one of ``values``, in no order."""
+        if not values:
+            return self.schema.empty_table()
+        name = quoted(column)
+        sql = (
+            f"select * from t where {name} in ({', '.join(map(literal, values))})"
+            # A long list prunes nothing by itself. Ids sort by time, so their range does.
+            f" and {name} between {literal(min(values))} and {literal(max(values))}"
+        )
+        try:
+            return pa.table(QueryBuilder().register("t", self.table).execute(sql))
+        except (DeltaError, OSError, ValueError) as error:
+            raise TableError(
+                f"cannot read the table '{self.settings.absolute_uri}': {one_line(error)}; try again"
+            ) from error
+
+    @property
+    def in_place(self) -> bool:
+        """Whether DuckDB can open the files itself."""
+        return self.settings.is_local and not GLOB.search(self.settings.absolute_uri)
+
+    @contextmanager
+    def source(self, connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
+        """A query over all rows of this version, valid on the connection within the context."""
+        empty = connection.from_arrow(self.schema.empty_table())
+        types = dict(zip(empty.columns, map(str, empty.types), strict=True))
+        if self.in_place:
+            yield files_sql(self.table.file_uris(), types, self._partitions)
+            return
+        files = store_files(self)
+        connection.register_filesystem(files)
+        try:
+            yield files_sql([STORE + path for path in files.sizes], types, self._partitions)
+        finally:
+            # The connection and its file system hold each other: without this they outlive the interpreter.
+            connection.unregister_filesystem(STORE.removesuffix("://"))
+
+    @property
+    def _partitions(self) -> list[str]:
+        return list(self.table.metadata().partition_columns)
+
+
+def files_sql(paths: Iterable[str], types: Mapping[str, str], partitions: Sequence[str]) -> str:
+    """A query over Parquet files that has all columns of ``types``, in that order."""
+    paths = list(paths)
+    if not paths:
+        nulls = ", ".join(f"cast(null as {kind}) as {quoted(name)}" for name, kind in types.items())
+        return f"select {nulls} where false"
+    for name in partitions:
+        if strange := next((path for path in paths if f"{name}=" not in path), None):
+            raise TableSchemaError(f"cannot read the file '{strange}': it is in no folder named {name}=...")
+    columns = [
+        f"{partition_sql(name, kind) if name in partitions else column_sql(name, kind)} as {quoted(name)}"
+        for name, kind in types.items()
+    ]
+    fields = [
+        f'{literal(name)}: {{name: {literal(name)}, "type": {literal(kind)}, default_value: NULL}}'
+        for name, kind in types.items()
+        if name not in partitions
+    ]
+    return (
+        f"select {', '.join(columns)} from read_parquet([{', '.join(map(literal, paths))}], "
+        f"schema = MAP {{{', '.join(fields)}}}, filename = true)"
+    )
+
+
+def column_sql(name: str, kind: str) -> str:
+    column = quoted(name)
+    # DuckDB 2.0 reads a field of a struct straight from the file, and fails where a file lacks the struct.
+    # Behind an expression it reads the struct.
+    return f"coalesce({column}, {column})" if kind.startswith("STRUCT") else column
+
+
+def partition_sql(name: str, kind: str) -> str:
+    """A partition value from a path. DuckDB computes it once per file, before it opens any."""
+    folder = f"regexp_extract(filename, {literal('.*' + re.escape(name) + '=([^/]*)/')}, 1)"
+    return f"cast(nullif(url_decode({folder}), {literal(NULL_FOLDER)}) as {kind})"
+
+
+def store_files(snapshot: Snapshot) -> Any:
+    """The table's files through delta-rs' object store, as a file system that DuckDB takes.
+
+    So every store, option and credential that reaches the table reaches its files. DuckDB over a pyarrow
+    file system in Python is no alternative: the two deadlock over the interpreter's lock.
+    """
+    from deltalake.fs import DeltaStorageHandler
+
+    actions = pa.table(snapshot.table.get_add_actions())
+    sizes = dict(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
+    options = dict(snapshot.settings.storage_options)
+    handler = DeltaStorageHandler(snapshot.settings.absolute_uri, options, sizes)
+    return store_class()(handler, sizes)
+
+
+def store_class() -> type[Any]:
+    # Here, because a table on a local disk does without fsspec.
+    from fsspec import AbstractFileSystem  # type: ignore[import-untyped]  # it has no stubs
+
+    class StoreFiles(AbstractFileSystem):  # type: ignore[misc]  # for the same reason
+        """Just what DuckDB calls."""
+
+        protocol = STORE.removesuffix("://")
+        cachable = False
+
+        def __init__(self, handler: Any, sizes: Mapping[str, int]) -> None:
+            super().__init__()
+            self.handler = handler
+            self.sizes = sizes
+
+        def open(self, path: str, *_: Any, **__: Any) -> Any:
+            return self.handler.open_input_file(path.removeprefix(STORE))
+
+        def glob(self, path: str, **_: Any) -> list[str]:
+            return [path]
+
+        def info(self, path: str, **_: Any) -> dict[str, Any]:
+            return {"name": path, "size": self.sizes[path.removeprefix(STORE)], "type": "file"}
+
+        def modified(self, _path: str) -> datetime:
+            return EPOCH
+
+    return StoreFiles

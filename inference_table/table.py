@@ -1,0 +1,314 @@
+"""The read side of the inference table."""
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import duckdb
+import pyarrow as pa
+
+from inference_table.errors import QueryError, TableError
+from inference_table.pending import View, open_view
+from inference_table.result import QueryResult
+from inference_table.scan import one_line, quoted
+from inference_table.settings import StorageSettings
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import polars as pl
+    from mlflow.entities import Trace
+
+__all__ = ["InferenceRow", "InferenceTable"]
+
+TABLE_NAME: Final = "payload"
+"""What queries call the table: the suffix of Databricks' inference tables."""
+PENDING: Final = "pending_rows"
+TRACE_PREFIX: Final = "tr-"
+
+DUCKDB_CONFIG: Final[dict[str, str | bool | int | float | list[str]]] = {
+    # Nothing is downloaded behind a query's back. JSON, Parquet and time zones are built in.
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+    # A name in a query is a table, never a variable of ours.
+    "python_enable_replacements": False,
+    # Payloads are megabytes: 2 GiB of text in one column is a result that people ask for.
+    "arrow_large_buffer_size": True,
+}
+
+
+class InferenceRow(dict[str, Any]):
+    """One row by column name, with its traces."""
+
+    def trace(self) -> "Trace | None":
+        """The MLflow trace of the request; None where the row has none.
+
+        Raises:
+            TableError: it was changed so that MLflow doesn't take it.
+        """
+        return to_trace(self._output().get("trace"))
+
+    def other_traces(self) -> "list[Trace]":
+        """Further root traces of the same request, in the order they started."""
+        traces = (to_trace(trace) for trace in self._output().get("other_traces") or [])
+        return [trace for trace in traces if trace is not None]
+
+    def _output(self) -> dict[str, Any]:
+        try:
+            # Not orjson: it refuses lone surrogates, and rounds integers beyond 64 bits.
+            output = json.loads(self.get("response") or "null")["databricks_output"]
+        except (ValueError, TypeError, KeyError):
+            return {}
+        return output if isinstance(output, dict) else {}
+
+
+def to_trace(value: Any) -> "Trace | None":
+    from mlflow.entities import Trace
+    from mlflow.exceptions import MlflowException
+
+    if not isinstance(value, dict) or "info" not in value:
+        return None
+    try:
+        # A trace beyond the payload limit is recorded without its spans.
+        return Trace.from_dict({"data": {"spans": []}, **value})
+    except (MlflowException, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TableError(
+            f"cannot read a trace: MLflow does not take it ({type(error).__name__}: {one_line(error)}); "
+            "look at it with json_extract(response, '$.databricks_output.trace')"
+        ) from error
+
+
+class InferenceTable:
+    """An inference table to read: SQL, rows, MLflow traces, data frames.
+
+    Every call sees the newest committed version. With ``pending=True`` it also sees what this machine has
+    spooled and not yet committed. Calls are independent of each other and may come from many threads.
+
+    Args:
+        uri: the Delta table: a path, or ``s3://``, ``az://``, ``gs://``. Default: ``INFERENCE_TABLE_URI``,
+            else ``./tracelake-data/payload``.
+        storage_options: options of the object store, as delta-rs takes them.
+        spool_dir: where this machine spools, for ``pending=True``. Default: ``INFERENCE_TABLE_SPOOL_DIR``,
+            else ``./tracelake-data/spool``.
+
+    Raises:
+        SettingsError: a value is not accepted.
+    """
+
+    def __init__(
+        self,
+        uri: str | Path | None = None,
+        *,
+        storage_options: Mapping[str, str] | None = None,
+        spool_dir: str | Path | None = None,
+    ) -> None:
+        self._settings = StorageSettings.from_environ(
+            uri=uri, storage_options=storage_options, spool_dir=spool_dir
+        )
+        self._lock = threading.Lock()
+        self._shared: duckdb.DuckDBPyConnection | None = None
+
+    @property
+    def uri(self) -> str:
+        """The table, absolute."""
+        return self._settings.absolute_uri
+
+    @property
+    def version(self) -> int:
+        """The newest committed version.
+
+        Raises:
+            TableNotFoundError: there is no table.
+        """
+        version = self._view().version
+        assert version is not None
+        return version
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns and types, those of the user included.
+
+        Raises:
+            TableNotFoundError: there is no table.
+        """
+        return self._view().schema
+
+    def query(
+        self,
+        sql: str,
+        *,
+        pending: bool = False,
+        parameters: Sequence[Any] | Mapping[str, Any] | None = None,
+    ) -> QueryResult:
+        """Run DuckDB's SQL over the table, which is called ``payload`` (its own folder's name works too).
+
+        JSON functions work on ``request`` and ``response``:
+        ``select response->>'$.choices[0].message.content' from payload``. A condition on ``request_date``
+        leaves whole days unread; a query that doesn't name ``response`` reads none of it.
+
+        Args:
+            sql: one or more statements; the result is the last one's.
+            pending: also see the rows that this machine has spooled and not yet committed.
+            parameters: values for ``?`` or ``$1`` (a sequence) or ``$name`` (a mapping) in ``sql``.
+
+        Raises:
+            QueryError: the SQL is not valid, or failed while it ran.
+            TableNotFoundError: there is no table.
+            TableError: the table can't be reached or read.
+        """
+        view = self._view(pending)
+        return QueryResult(self._run(view, sql, parameters), view.version, view.pending.num_rows)
+
+    def get(self, request_id: str, *, pending: bool = False) -> InferenceRow | None:
+        """One row by its ``databricks_request_id`` or its MLflow trace id (``tr-...``); None if absent.
+
+        A request id sorts by time, so a lookup reads a single file; a trace id is looked for in every file's
+        pages.
+        """
+        column = "trace_id" if request_id.startswith(TRACE_PREFIX) else "databricks_request_id"
+        rows = self._view(pending).rows(column, [request_id])
+        return InferenceRow(rows[0]) if rows else None
+
+    def newest(
+        self, limit: int = 1, *, where: str | None = None, pending: bool = False
+    ) -> list[InferenceRow]:
+        """Whole rows, newest first.
+
+        Args:
+            where: a condition in DuckDB's SQL, such as ``"status_code >= 500"``.
+
+        Raises:
+            QueryError: the condition is not valid.
+            TableNotFoundError, TableError: as :meth:`query`.
+        """
+        view = self._view(pending)
+        # Two steps, so that a payload is read for the rows that are wanted, and no other.
+        sql = (
+            f"select databricks_request_id from payload{where_sql(where)} order by request_time desc limit ?"
+        )
+        ids = self._run(view, sql, [limit])["databricks_request_id"].to_pylist()
+        rows = {row["databricks_request_id"]: row for row in view.rows("databricks_request_id", ids)}
+        return [InferenceRow(rows[id_]) for id_ in ids if id_ in rows]
+
+    def traces(self, limit: int = 100, *, where: str | None = None, pending: bool = False) -> "list[Trace]":
+        """MLflow traces, newest first, one per row that has one: what MLflow's own functions take.
+
+        Args:
+            where: a condition in DuckDB's SQL, such as ``"trace_state = 'ERROR'"``.
+
+        Raises:
+            QueryError: the condition is not valid.
+            TableNotFoundError, TableError: as :meth:`query`.
+        """
+        having = f"trace_id is not null{where_sql(where, 'and')}"
+        traces = (row.trace() for row in self.newest(limit, where=having, pending=pending))
+        return [trace for trace in traces if trace is not None]
+
+    def count(self, where: str | None = None, *, pending: bool = False) -> int:
+        """Number of rows."""
+        counted = self._run(self._view(pending), f"select count(*) as n from payload{where_sql(where)}")
+        return int(counted["n"][0].as_py())
+
+    def select(
+        self, columns: Sequence[str] | None = None, *, where: str | None = None, pending: bool = False
+    ) -> QueryResult:
+        """Some columns, or all, of the rows that meet a condition in DuckDB's SQL."""
+        names = "*" if columns is None else ", ".join(map(quoted, columns))
+        return self.query(f"select {names} from payload{where_sql(where)}", pending=pending)
+
+    def to_arrow(
+        self, columns: Sequence[str] | None = None, *, where: str | None = None, pending: bool = False
+    ) -> pa.Table:
+        """As :meth:`select`, as a pyarrow table."""
+        return self.select(columns, where=where, pending=pending).to_arrow()
+
+    def to_pandas(
+        self, columns: Sequence[str] | None = None, *, where: str | None = None, pending: bool = False
+    ) -> "pd.DataFrame":
+        """As :meth:`select`, as a pandas frame (extra ``pandas``)."""
+        return self.select(columns, where=where, pending=pending).to_pandas()
+
+    def to_polars(
+        self, columns: Sequence[str] | None = None, *, where: str | None = None, pending: bool = False
+    ) -> "pl.DataFrame":
+        """As :meth:`select`, as a Polars frame (extra ``polars``)."""
+        return self.select(columns, where=where, pending=pending).to_polars()
+
+    def __repr__(self) -> str:
+        return f"InferenceTable({self.uri!r})"
+
+    def _view(self, pending: bool = False) -> View:
+        return open_view(self._settings, pending)
+
+    def _run(self, view: View, sql: str, parameters: Any = None) -> pa.Table:
+        if not sql.strip():
+            raise QueryError("cannot run the query: it is empty")
+        with self._attached(view) as connection:
+            try:
+                relation = connection.sql(sql, params=parameters)
+                # Not its truth: that is its length, for which DuckDB runs the query once more.
+                return pa.table({}) if relation is None else with_integers(relation.to_arrow_table())
+            except (duckdb.InternalError, duckdb.FatalException) as error:
+                # A bug of DuckDB closes the whole database; the next query opens another.
+                with self._lock:
+                    self._shared = None
+                raise QueryError(f"cannot run the query: {one_line(error)}") from error
+            except (duckdb.Error, pa.ArrowException) as error:
+                raise QueryError(f"cannot run the query: {one_line(error)}") from error
+
+    @contextmanager
+    def _attached(self, view: View) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection of its own in which ``payload`` is what ``view`` sees."""
+        with self._connection(view) as connection:
+            connection.register(PENDING, view.pending)
+            pending = f"select * from {PENDING}"
+            if view.snapshot is None:
+                self._name(connection, pending)
+                yield connection
+                return
+            with view.snapshot.source(connection) as committed:
+                both = f"{committed} union all by name {pending}"
+                self._name(connection, both if view.pending.num_rows else committed)
+                yield connection
+
+    def _connection(self, view: View) -> duckdb.DuckDBPyConnection:
+        if view.snapshot is None or view.snapshot.in_place:
+            with self._lock:
+                # One database for all threads, so that they share its memory limit and its cache.
+                self._shared = self._shared or connect()
+                return self._shared.cursor()
+        # A file system belongs to a whole database, and a version's files to one query.
+        return connect()
+
+    def _name(self, connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+        connection.execute(f"create or replace temp view {TABLE_NAME} as {sql}")
+        folder = self.uri.rpartition("/")[2]
+        if folder.lower() not in ("", TABLE_NAME, PENDING):
+            connection.execute(f"create or replace temp view {quoted(folder)} as select * from {TABLE_NAME}")
+
+
+def connect() -> duckdb.DuckDBPyConnection:
+    connection = duckdb.connect(config=DUCKDB_CONFIG)
+    connection.execute("set global TimeZone = 'UTC'")
+    # Data files never change, so what was read of their footers stays true.
+    connection.execute("set global parquet_metadata_cache = true")
+    return connection
+
+
+def where_sql(condition: str | None, word: str = "where") -> str:
+    # The line break ends a comment in the condition before it swallows the bracket.
+    return "" if condition is None else f" {word} ({condition}\n)"
+
+
+def with_integers(table: pa.Table) -> pa.Table:
+    """DuckDB's 128-bit sums of integers as 64-bit ones where they fit, which is what people compute with."""
+    for index, field in enumerate(table.schema):
+        if pa.types.is_decimal128(field.type) and field.type.precision == 38 and field.type.scale == 0:
+            try:
+                column = table.column(index).cast(pa.int64())
+            except pa.ArrowInvalid:
+                continue
+            table = table.set_column(index, field.with_type(pa.int64()), column)
+    return table
