@@ -1,0 +1,291 @@
+"""Snapshots of the values that spans record: cheap to take while the agent runs, encoded later.
+
+An agent goes on mutating its ``messages`` after a call, so a value must be recorded as it was. Strings,
+which hold the bytes, are immutable and are shared; only containers are copied, so a snapshot costs per node,
+not per byte. Everything else is converted when the snapshot is taken, to what MLflow's ``TraceJSONEncoder``
+makes of it.
+
+A snapshot consists of ``dict`` with ``str`` keys, ``list``, ``str``, ``int``, ``bool``, ``None``, finite
+``float`` - all of exactly these types - and :class:`JsonText`.
+"""
+
+import json
+import sys
+from base64 import b64encode
+from collections.abc import Callable, Iterable
+from math import isfinite
+from typing import Any, Final
+
+import orjson
+from mlflow.tracing.attachments import Attachment
+from mlflow.tracing.utils import TraceJSONEncoder
+
+__all__ = ["JsonText", "Snapshot", "compact_text", "head_text", "mlflow_text", "snapshot", "thaw"]
+
+Snapshot = Any
+
+NODE_BYTES: Final = 64
+"""What a node costs besides its characters: a slot in its container, its key, its part of the JSON text."""
+MAX_DEPTH: Final = 200
+"""Levels copied by structure. Deeper values are kept as text: orjson gives up at 254 levels."""
+UNCOUNTED: Final = frozenset({int, bool, type(None)})
+
+
+class JsonText:
+    """A part of a snapshot that is kept as JSON text."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class TooDeepError(Exception):
+    """A value has more levels than are copied by structure; it may be circular."""
+
+
+class Encoder(TraceJSONEncoder):
+    """MLflow's encoder, without its attempt to import llama_index for every object.
+
+    An object can only be llama_index's where that is loaded.
+    """
+
+    def _is_safe_to_encode_str(self, obj: Any) -> bool:
+        return "llama_index.core" not in sys.modules or super()._is_safe_to_encode_str(obj)
+
+
+ENCODER: Final[Any] = Encoder()
+
+
+def snapshot(value: Any) -> tuple[Snapshot, int]:
+    """A snapshot of any value, and about how many bytes it keeps alive. Never raises an Exception.
+
+    What MLflow's encoder can't encode becomes its ``repr``, as in MLflow; what can't even be printed becomes
+    a text that says so.
+    """
+    kind = type(value)
+    if kind is str:
+        return value, len(value) + NODE_BYTES
+    if kind in UNCOUNTED:
+        return value, NODE_BYTES
+    copier = Copier()
+    try:
+        try:
+            return copier.copy(value, 0), copier.nbytes + NODE_BYTES
+        except (TypeError, ValueError, TooDeepError):
+            text = JsonText(text_of_whole(value))
+            return text, len(text.text) + NODE_BYTES
+    # The agent's own objects are asked to convert or print themselves, which may raise anything; a trace must
+    # not fail the agent for it.
+    except Exception as error:  # noqa: BLE001
+        return unrecordable(value, error), NODE_BYTES
+
+
+def text_of_whole(value: Any) -> str:
+    """The text that MLflow records for a value: its encoder's, or else that of its ``repr``."""
+    try:
+        return json.dumps(value, cls=Encoder, ensure_ascii=False)
+    except (TypeError, ValueError):
+        return json.dumps(repr(value), ensure_ascii=False)
+
+
+def unrecordable(value: Any, error: Exception) -> str:
+    return f"<{type(value).__name__} could not be recorded: {type(error).__name__}>"
+
+
+class Copier:
+    """Copies one value by structure."""
+
+    __slots__ = ("nbytes",)
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def copy(self, value: Any, depth: int) -> Snapshot:
+        kind = type(value)
+        if kind is dict:
+            return self._copy_items(list(value.items()), depth)
+        if kind is list or kind is tuple:
+            return self._copy_list(value, depth)
+        if kind is str:
+            self.nbytes += len(value)
+            return value
+        if kind in UNCOUNTED:
+            return value
+        if kind is float:
+            return value if isfinite(value) else JsonText(float_text(value))
+        return self._convert(value, depth)
+
+    def _copy_items(self, items: list[tuple[Any, Any]], depth: int) -> Snapshot:
+        if depth >= MAX_DEPTH:
+            raise TooDeepError
+        copied: dict[str, Snapshot] = {}
+        nbytes = NODE_BYTES * len(items)
+        for key, item in items:
+            name = key if type(key) is str else key_text(key)
+            kind = type(item)
+            if kind is str:
+                nbytes += len(item)
+                copied[name] = item
+            elif kind in UNCOUNTED:
+                copied[name] = item
+            else:
+                copied[name] = self.copy(item, depth + 1)
+        self.nbytes += nbytes
+        return copied
+
+    def _copy_list(self, value: list[Any] | tuple[Any, ...], depth: int) -> Snapshot:
+        if depth >= MAX_DEPTH:
+            raise TooDeepError
+        items = list(value)
+        self.nbytes += NODE_BYTES * len(items)
+        if len(items) > 16 and (size := uniform_size(items)) is not None:
+            self.nbytes += size
+            return items
+        return [self.copy(item, depth + 1) for item in items]
+
+    def _convert(self, value: Any, depth: int) -> Snapshot:
+        """What is not exactly a JSON type, in the order in which the standard library's encoder asks."""
+        if isinstance(value, str):
+            return self.copy(str.__str__(value), depth)
+        if isinstance(value, int):
+            return int.__int__(value)
+        if isinstance(value, float):
+            return self.copy(float.__float__(value), depth)
+        if isinstance(value, list | tuple):
+            return self._copy_list(list(value), depth)
+        if isinstance(value, dict):
+            return self._copy_items(list(value.items()), depth)
+        if isinstance(value, Attachment):
+            return self.copy(data_uri(value), depth)
+        try:
+            converted = ENCODER.default(value)
+        except (TypeError, ValueError):
+            raise  # MLflow then records the whole value's repr
+        except Exception as error:  # noqa: BLE001 - as in snapshot(), but the rest of the value is kept
+            return unrecordable(value, error)
+        return self.copy(converted, depth + 1)
+
+
+def uniform_size(items: list[Any]) -> int | None:
+    """Characters in a list of only strings or only numbers, such as an embedding; None for others."""
+    kinds = set(map(type, items))
+    if kinds == {float} and all(map(isfinite, items)):
+        return 0
+    if kinds == {str}:
+        return sum(map(len, items))
+    return 0 if kinds <= UNCOUNTED else None
+
+
+def key_text(key: Any) -> str:
+    """A dictionary's key as the standard library's encoder writes it.
+
+    Raises:
+        TypeError: it can't be one.
+    """
+    if isinstance(key, str):
+        return str.__str__(key)
+    if isinstance(key, float):
+        return float_text(key)
+    if key is True:
+        return "true"
+    if key is False:
+        return "false"
+    if key is None:
+        return "null"
+    if isinstance(key, int):
+        return int.__repr__(key)
+    raise TypeError(f"a JSON object has no keys of type {type(key).__name__}")
+
+
+def float_text(value: float) -> str:
+    if value != value:
+        return "NaN"
+    if isfinite(value):
+        return float.__repr__(value)
+    return "Infinity" if value > 0 else "-Infinity"
+
+
+def data_uri(attachment: Attachment) -> str:
+    """An attachment in the payload itself: there is no artifact store beside the table."""
+    return f"data:{attachment.content_type};base64,{b64encode(attachment.content_bytes).decode()}"
+
+
+def thaw(value: Snapshot) -> Any:
+    """The value a reader of the trace gets: fresh containers, nothing but JSON's types."""
+    kind = type(value)
+    if kind is dict:
+        return {key: thaw(item) for key, item in value.items()}
+    if kind is list:
+        return [thaw(item) for item in value]
+    if kind is JsonText:
+        return json.loads(value.text)
+    return value
+
+
+def compact_text(value: Snapshot) -> str:
+    """JSON text that loads as :func:`thaw` returns it."""
+    try:
+        return orjson.dumps(value, default=fragment).decode()
+    except TypeError:
+        # orjson refuses integers beyond 64 bits and lone surrogates. The latter are escaped here, so that
+        # they don't make the trace around them invalid UTF-8.
+        return guarded(lambda: json.dumps(thaw(value)))
+
+
+def mlflow_text(value: Snapshot) -> str:
+    """JSON text in MLflow's own spelling, for those who read the text itself."""
+    if type(value) is JsonText:
+        return value.text
+    return guarded(lambda: json.dumps(thaw(value), ensure_ascii=False))
+
+
+def guarded(dump: Callable[[], str]) -> str:
+    try:
+        return dump()
+    except (ValueError, RecursionError) as error:
+        # An integer of more digits than Python converts (sys.set_int_max_str_digits), or too many levels.
+        return json.dumps(f"<could not be recorded: {error}>")
+
+
+def fragment(value: JsonText) -> orjson.Fragment:
+    return orjson.Fragment(value.text)
+
+
+def head_text(value: Snapshot, limit: int) -> str:
+    """The first ``limit`` characters of :func:`mlflow_text`, and one more if there is more.
+
+    Costs according to the limit, not to the value.
+    """
+    if type(value) is JsonText:
+        return value.text[: limit + 1]
+    return mlflow_text(Clipper(limit + 1).clip(value))[: limit + 1]
+
+
+class Clipper:
+    """Cuts a snapshot once what was kept is surely longer than ``room`` characters of JSON."""
+
+    __slots__ = ("room",)
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def clip(self, value: Snapshot) -> Snapshot:
+        self.room -= 1
+        kind = type(value)
+        if kind is dict:
+            return {self._cut(key): self.clip(item) for key, item in self._while_room(value.items())}
+        if kind is list:
+            return [self.clip(item) for item in self._while_room(value)]
+        return self._cut(value) if kind is str else value
+
+    def _cut(self, text: str) -> str:
+        cut = text[: max(self.room, 1)]
+        self.room -= len(cut)
+        return cut
+
+    def _while_room(self, items: Iterable[Any]) -> Iterable[Any]:
+        for item in items:
+            if self.room <= 0:
+                return
+            yield item

@@ -1,0 +1,211 @@
+"""The span object that agents hold while they run, and which keeps what they record as snapshots."""
+
+# mypy: disable-error-code="no-untyped-call"
+# MLflow is typed in part only.
+
+import logging
+import sys
+from time import perf_counter_ns
+from typing import Any, Final
+
+from mlflow.entities.span import LiveSpan, Span, _link_from_otel_link, _SpanAttributesRegistry
+from mlflow.entities.span_event import SpanEvent
+from mlflow.entities.span_status import SpanStatus
+from mlflow.exceptions import MlflowException
+from mlflow.tracing.constant import STREAM_CHUNK_EVENT_VALUE_KEY, SpanAttributeKey
+from mlflow.tracing.fluent import _set_last_active_trace_id
+from mlflow.tracing.utils.default_log_level import default_log_level_for_span_type
+from mlflow.tracing.utils.processor import apply_span_processors
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace import Span as OTelSpan
+from opentelemetry.trace import Status, StatusCode
+
+from inference_table import metrics
+from serving.snapshot import NODE_BYTES, JsonText, Snapshot, mlflow_text, snapshot, thaw
+
+__all__ = ["Meter", "RecordedSpan"]
+
+logger = logging.getLogger(__name__)
+
+OK: Final = Status(StatusCode.OK)
+CHUNK_EVENT_PREFIX: Final = "mlflow.chunk.item."
+
+
+class Meter:
+    """What the spans of one request cost: bytes kept alive, and our time on the request path."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.overhead_ns = 0
+        self.sealed = False
+
+
+class SnapshotAttributes(_SpanAttributesRegistry):
+    """Attributes kept as snapshots; the OpenTelemetry span holds only those that others put there."""
+
+    _span: OTelSpan
+
+    def __init__(self, otel_span: OTelSpan, meter: Meter) -> None:
+        super().__init__(otel_span)
+        self.meter = meter
+        self.values: dict[str, Snapshot] = {}
+
+    def set(self, key: str, value: Any) -> None:
+        if self._span.end_time is not None:
+            return
+        if not isinstance(key, str) or not key:
+            super().set(key, value)  # says what is wrong, and stores nothing
+            return
+        started = perf_counter_ns()
+        self.values[str.__str__(key)], nbytes = snapshot(value)
+        self.meter.nbytes += nbytes
+        self.meter.overhead_ns += perf_counter_ns() - started
+
+    def get(self, key: str) -> Any:
+        if key in self.values:
+            return thaw(self.values[key])
+        return super().get(key)
+
+    def get_all(self) -> dict[str, Any]:
+        return {key: self.get(key) for key in {**(self._span.attributes or {}), **self.values}}
+
+    def texts(self) -> dict[str, str]:
+        """The values as MLflow would have stored them on the OpenTelemetry span."""
+        return {key: mlflow_text(value) for key, value in self.values.items()}
+
+
+class RecordedSpan(LiveSpan):
+    """MLflow's live span, recording by snapshot.
+
+    Args:
+        otel_span: the OpenTelemetry span it stands for.
+        trace_id: MLflow's id of its trace.
+        meter: counts what recording costs.
+        materialised: other span processors see this span too, and read the OpenTelemetry span's attributes.
+    """
+
+    _span: OTelSpan
+    _attributes: SnapshotAttributes  # type: ignore[assignment] # as LiveSpan's own differs from its parent's
+
+    def __init__(self, otel_span: OTelSpan, trace_id: str, meter: Meter, *, materialised: bool) -> None:
+        # Like LiveSpan's, this constructor replaces its parent's.
+        self._span = otel_span
+        self._meter = meter
+        self._materialised = materialised
+        self._attributes = SnapshotAttributes(otel_span, meter)
+        self._attributes.values = {SpanAttributeKey.REQUEST_ID: trace_id, SpanAttributeKey.SPAN_TYPE: None}
+        self._attachments = {}
+        self._links = [_link_from_otel_link(link, trace_id) for link in otel_span.links]
+        self._original_name = otel_span.name
+        self._chunks: list[JsonText] = []
+        self._handled_at_start = sys.exc_info()[1]
+        # MLflow finds a live span by this attribute of the OpenTelemetry span.
+        otel_span.set_attribute(SpanAttributeKey.REQUEST_ID, f'"{trace_id}"')
+
+    def set_inputs(self, inputs: Any) -> None:
+        # Not the parent's: it takes base64 content out of the payload, to store it elsewhere.
+        self._attributes.set(SpanAttributeKey.INPUTS, inputs)
+
+    def set_outputs(self, outputs: Any) -> None:
+        self._attributes.set(SpanAttributeKey.OUTPUTS, outputs)
+
+    def add_event(self, event: SpanEvent) -> None:
+        super().add_event(event)
+        self._meter.nbytes += NODE_BYTES + sum(
+            len(v) for v in event.attributes.values() if isinstance(v, str)
+        )
+        chunk = event.attributes.get(STREAM_CHUNK_EVENT_VALUE_KEY)
+        if event.name.startswith(CHUNK_EVENT_PREFIX) and isinstance(chunk, str):
+            self._chunks.append(JsonText(chunk))
+
+    def values(self) -> dict[str, Snapshot]:
+        """The attributes now, as snapshots.
+
+        A traced generator that was closed early never ends its span; its chunks up to then are its outputs.
+        """
+        values = dict(self._attributes.values)
+        if self._chunks and values.get(SpanAttributeKey.OUTPUTS) is None:
+            values[SpanAttributeKey.OUTPUTS] = list(self._chunks)
+        return values
+
+    def end(
+        self,
+        outputs: Any | None = None,
+        attributes: dict[str, Any] | None = None,
+        status: SpanStatus | str | None = None,
+        end_time_ns: int | None = None,
+    ) -> None:
+        """End the span as ``LiveSpan.end`` does, but for its per-span imports and look-ups.
+
+        Its cost in dollars is worked out when the trace is encoded.
+        """
+        if self._span.end_time is not None:
+            return
+        if self._meter.sealed:
+            metrics.LATE_SPANS.inc()
+        self.set_attributes(attributes or {})
+        if outputs is not None:
+            self.set_outputs(outputs)
+        started = perf_counter_ns()
+        self._set_final_status(status)
+        values = self._attributes.values
+        if values.get(SpanAttributeKey.LOG_LEVEL) is None:
+            values[SpanAttributeKey.LOG_LEVEL] = int(default_log_level_for_span_type(self.span_type))
+        self._meter.overhead_ns += perf_counter_ns() - started
+        apply_span_processors(self)
+        self._chunks = []
+        if self._materialised:
+            self._span.set_attributes(self._attributes.texts())
+        if self._span.parent is None or self._span.parent.is_remote:
+            _set_last_active_trace_id(self.trace_id)
+        self._span.end(end_time=end_time_ns)
+
+    def _set_final_status(self, status: SpanStatus | str | None) -> None:
+        if status is not None:
+            try:
+                self.set_status(status)  # type: ignore[arg-type] # a SpanStatus is fine, too
+            except MlflowException as error:
+                logger.warning("Span %s ended with a status that does not exist: %s", self.name, error)
+        elif cancelled := self._propagating_cancellation():
+            # It takes any exception, whatever its annotation says.
+            self.add_event(SpanEvent.from_exception(cancelled))  # type: ignore[arg-type]
+            self._span.set_status(Status(StatusCode.ERROR, f"{type(cancelled).__name__}: {cancelled}"))
+        if self._span.status.status_code is not StatusCode.ERROR:
+            self._span.set_status(OK)
+
+    def _propagating_cancellation(self) -> BaseException | None:
+        """The CancelledError, KeyboardInterrupt or SystemExit that ends this span.
+
+        MLflow looks for ``Exception`` only. A GeneratorExit is no failure: the consumer has had enough. What
+        was being handled already when the span started did not happen in it.
+        """
+        error = sys.exc_info()[1]
+        if error is None or isinstance(error, Exception | GeneratorExit) or error is self._handled_at_start:
+            return None
+        return error
+
+    def to_dict(self) -> dict[str, Any]:
+        as_dict: dict[str, Any] = super().to_dict()
+        as_dict["attributes"].update(self._attributes.texts())
+        return as_dict
+
+    def to_immutable_span(self) -> Span:
+        otel = self._span
+        span = Span(
+            ReadableSpan(
+                name=otel.name,
+                context=otel.context,
+                parent=otel.parent,
+                resource=otel.resource,
+                attributes={**(otel.attributes or {}), **self._attributes.texts()},
+                events=otel.events,
+                links=otel.links,
+                kind=otel.kind,
+                status=otel.status,
+                start_time=otel.start_time,
+                end_time=otel.end_time,
+                instrumentation_scope=otel.instrumentation_scope,
+            )
+        )
+        span._links = self.links
+        return span
