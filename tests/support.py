@@ -68,12 +68,12 @@ def run_server(server: uvicorn.Server) -> None:
 class Process:
     """A child in its own process group, so that its workers can be killed with it."""
 
-    def __init__(self, command: list[str], env: Mapping[str, str], log: Path) -> None:
+    def __init__(self, command: list[str], env: Mapping[str, str], log: Path, cwd: Path = ROOT) -> None:
         self.log = log
         with log.open("ab") as output:
             self.popen = subprocess.Popen(
                 command,
-                cwd=ROOT,
+                cwd=cwd,
                 env={**os.environ, **env},
                 stdout=output,
                 stderr=subprocess.STDOUT,
