@@ -2,7 +2,7 @@
 
 ::
 
-    put() ──queue──▶ encode thread ──▶ Spool.append ··· disk ···▶ commit thread ──▶ Committer.commit_once
+    put() ──queue──▶ encode thread ──▶ Spool.append ··· disk ···▶ commit thread (commit_loop.py)
 
 What holds:
 
@@ -13,8 +13,8 @@ What holds:
 - A durable record (strict, committed) is resolved only after ``Spool.append(sync=True)`` returned for it, or
   after its segment left the spool because it was committed. All that wait share one fsync.
 - Threads start at the first record or at :meth:`Writer.start`, so after a fork; a forked child starts anew.
-- A thread that ends for any reason but ``close`` marks the process as unable to write
-  (``tracelake_writer_up`` 0), and its lock is released.
+- A thread that ends unexpectedly marks the process (``tracelake_writer_up`` 0). Without the encode thread
+  records are dropped and counted; without the commit thread they are spooled for another process to commit.
 - ``close`` is ordered and bounded: stop accepting, drain the queue, spool, commit, release. What can't be
   committed by then stays in the spool, for the next process on this machine.
 """
@@ -23,9 +23,9 @@ import atexit
 import logging
 import os
 import queue
-import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -34,15 +34,16 @@ from typing import Final, Protocol
 import pyarrow as pa
 
 from inference_table import metrics
-from inference_table.commit import Committer, open_or_create_table
-from inference_table.compaction import Maintenance
-from inference_table.errors import DurabilityError, SegmentError, SpoolFullError
+from inference_table.commit import open_or_create_table
+from inference_table.commit_loop import CommitLoop
+from inference_table.errors import DurabilityError, SegmentError, SpoolError, SpoolFullError
+from inference_table.memory import MemoryBudget
 from inference_table.record import Row, to_batch
 from inference_table.reporting import Reporter
 from inference_table.settings import Durability, StorageSettings
 from inference_table.spool import Spool
 
-__all__ = ["MemoryBudget", "Recordable", "Writer"]
+__all__ = ["Recordable", "Writer"]
 
 logger = logging.getLogger("tracelake")
 
@@ -53,30 +54,10 @@ SEGMENT_BYTES: Final = 16 * 1024 * 1024
 CONFIRM_SECONDS: Final = 0.02
 """How often the encode thread looks whether a committed reply may leave."""
 MAX_BACKOFF_SECONDS: Final = 5.0
-"""Longest pause after a failed commit: how stale the table may be once it is reachable again."""
+"""Longest pause between two attempts at a failing disk."""
 CLOSE_SECONDS: Final = 15.0
 """Deadline of a clean stop, below the 30 s that Kubernetes grants between SIGTERM and SIGKILL."""
-
-
-class MemoryBudget:
-    """Bytes that a process may hold for capture. Thread-safe."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
-        self._lock = threading.Lock()
-
-    def reserve(self, nbytes: int) -> bool:
-        """Take ``nbytes``, or nothing and return False."""
-        with self._lock:
-            if self.used + nbytes > self.limit:
-                return False
-            self.used += nbytes
-            return True
-
-    def release(self, nbytes: int) -> None:
-        with self._lock:
-            self.used -= nbytes
+CLOSED: Final = ("closed", "the server is stopping")
 
 
 class Recordable(Protocol):
@@ -93,7 +74,7 @@ class Recordable(Protocol):
         """Whether all of it is there: no span open, or the grace period over."""
 
     def drop_traces(self) -> None:
-        """Let go of the traces: the record is dropped, or they can never fit into memory and its row says so."""
+        """Let go of the traces: the record is dropped, or they never fit into memory, as its row will say."""
 
     def encode(self) -> Row:
         """The row. Called once, in the encode thread."""
@@ -117,29 +98,37 @@ class Writer:
         self.settings = settings
         self._reporter = Reporter(logger)
         self._reset()
+        WRITERS.add(self)
 
     def _reset(self) -> None:
         """The state of a process that has written nothing: also of a forked child."""
-        self._pid = os.getpid()
         self.budget = MemoryBudget(self.settings.max_memory_bytes)
         self._queue: queue.SimpleQueue[Queued] = queue.SimpleQueue()
+        self._waiting: list[Queued] = []
+        self._unconfirmed: list[tuple[int, Future[None]]] = []
         self._urgent = threading.Event()
-        self._commit_wanted = threading.Event()
         self._stopping = threading.Event()
         self._drained = threading.Event()
-        self._started = False
-        self._closed: tuple[str, str] | None = None
+        self._commit_wanted = threading.Event()
         self._start_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._spool = Spool(self.settings)
-        self._unconfirmed: list[tuple[int, Future[None]]] = []
+        self._refusing: tuple[str, str] | None = None
         self._deadline = float("inf")
+        self._spool = Spool(self.settings)
+        self._commits = CommitLoop(
+            self.settings,
+            self._spool,
+            self._reporter,
+            wanted=self._commit_wanted,
+            stopping=self._stopping,
+            drained=self._drained,
+        )
 
     # --- for the request path ---
 
-    def put(self, item: Recordable) -> bool:
-        """Take a record over. Returns False where it was dropped, which is counted."""
-        return self._put(Queued(item))
+    def put(self, item: Recordable) -> None:
+        """Take a record over. One that does not fit is dropped and counted."""
+        self._put(Queued(item))
 
     def put_durable(self, item: Recordable, durability: Durability) -> "Future[None]":
         """Take a record over; the future is done once it is as durable as asked for.
@@ -147,38 +136,37 @@ class Writer:
         The future's exception is a :class:`DurabilityError` where that can't be.
         """
         future: Future[None] = Future()
-        if not self._put(Queued(item, durability, future)):
-            future.set_exception(
-                DurabilityError("the record was dropped: the writer's memory limit is reached")
-            )
+        self._put(Queued(item, durability, future))
         self._urgent.set()
         return future
 
-    def _put(self, queued: Queued) -> bool:
-        item = queued.item
-        if self._pid != os.getpid():
-            self._reset()
-        if self._closed:
-            return self._drop(item, *self._closed)
-        if not self._started:
+    def _put(self, queued: Queued) -> None:
+        if not self._threads and self._refusing is None:
             self.start()
+        if self._refusing is not None:
+            self._drop(queued, *self._refusing)
+            return
+        item = queued.item
         trace_bytes = item.trace_bytes
         if trace_bytes > self.budget.limit:
             item.drop_traces()
             trace_bytes = 0
         if not self.budget.reserve(trace_bytes):
-            return self._drop(item, "memory", "INFERENCE_TABLE_MAX_MEMORY_BYTES is reached")
+            self._drop(queued, "memory", "INFERENCE_TABLE_MAX_MEMORY_BYTES is reached")
+            return
         item.reserved_bytes += trace_bytes
         self._queue.put(queued)
-        return True
 
-    def _drop(self, item: Recordable, reason: str, why: str, error: BaseException | None = None) -> bool:
+    def _drop(self, queued: Queued, reason: str, why: str, error: BaseException | None = None) -> None:
+        item = queued.item
         self.budget.release(item.reserved_bytes)
         item.reserved_bytes = 0
         item.drop_traces()
         metrics.DROPPED.labels(reason).inc()
         self._reporter.failure(f"drop:{reason}", f"a record was dropped: {why}", error)
-        return False
+        if queued.future is not None:
+            cause = "" if error is None else f": {error}"
+            queued.future.set_exception(DurabilityError(f"the record was dropped: {why}{cause}"))
 
     # --- life ---
 
@@ -191,21 +179,30 @@ class Writer:
         """
         self._spool.check()
         open_or_create_table(self.settings)
+        self._commits.table_checked = True
 
     def start(self) -> None:
-        """Start the threads; without effect where they run."""
+        """Start the threads; without effect where they run. A writer that was closed can start again."""
         with self._start_lock:
-            if self._started or self._closed:
+            if self._refusing == CLOSED:
+                self._reset()
+            if self._threads or self._refusing:
                 return
-            for name, run in (("encode", self._encode_loop), ("commit", self._commit_loop)):
-                thread = threading.Thread(
-                    target=self._guard, args=(name, run), name=f"tracelake-{name}", daemon=True
-                )
-                self._threads.append(thread)
+            runs = {"encode": self._encode_loop, "commit": self._commits.run}
+            threads = [
+                threading.Thread(target=self._guard, args=item, name=f"tracelake-{item[0]}", daemon=True)
+                for item in runs.items()
+            ]
             metrics.CAN_COMMIT.set(1)
-            self._started = True
-            for thread in self._threads:
-                thread.start()
+            try:
+                for thread in threads:
+                    thread.start()
+            except RuntimeError as error:  # the system gives us no thread
+                self._refusing = ("writer_down", f"the writer cannot start: {error}")
+                self._stopping.set()
+                metrics.CAN_COMMIT.set(0)
+                return
+            self._threads = threads
             atexit.register(self.close)
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
@@ -214,118 +211,146 @@ class Writer:
         What could not be committed by then is reported, and stays in the spool for the next process.
         """
         with self._start_lock:
-            already = self._closed
-            self._closed = already or ("closed", "the server is stopping")
-        if already or not self._started:
+            if self._refusing == CLOSED:
+                return
+            self._refusing = CLOSED
+        if not self._threads:
             return
         atexit.unregister(self.close)
-        self._deadline = time.monotonic() + seconds
+        self._deadline = self._commits.deadline = time.monotonic() + seconds
         self._stopping.set()
         self._urgent.set()
         self._commit_wanted.set()
         for thread in self._threads:
             thread.join(max(0.0, self._deadline - time.monotonic()))
         metrics.CAN_COMMIT.set(0)
-        metrics.QUEUE_BYTES.set(0)
-        metrics.QUEUE_RECORDS.set(0)
         if any(thread.is_alive() for thread in self._threads):
             logger.warning("the writer did not stop within %s s; what is in memory may be lost", seconds)
             return
-        if pending := self._spool.pending():
-            logger.warning(
-                "%d segments in %s are not committed; the next process with that folder commits them",
-                pending,
-                self.settings.spool_dir,
-            )
-        self._spool.close()
+        try:
+            pending = self._spool.pending()
+            self._spool.close()
+        except OSError as error:
+            logger.error("cannot close the spool %s: %s", self.settings.spool_dir, error)
+            return
+        if pending:
+            message = "%d segments in %s are not committed; the next process with that folder commits them"
+            logger.warning(message, pending, self.settings.spool_dir)
 
     def _guard(self, name: str, run: Callable[[], None]) -> None:
+        """Run a thread; whatever ends it, the endpoint goes on and the process is marked."""
         try:
             run()
         except BaseException as error:
-            # A bug, or delta-rs's PanicException, which is no Exception: the endpoint goes on without us,
-            # and says so.
-            self._reporter.failure(
-                f"thread:{name}", f"the {name} thread ended; nothing more is written", error
-            )
-        finally:
-            if not self._stopping.is_set():
-                self._closed = ("writer_down", f"the {name} thread ended unexpectedly")
-                metrics.CAN_COMMIT.set(0)
+            # A bug, or delta-rs's PanicException, which is no Exception.
+            metrics.CAN_COMMIT.set(0)
+            if name == "commit":
+                # Spooling goes on: another process commits, or the next one.
+                self._reporter.failure("commit_thread", "nothing more is committed by this process", error)
+                return
+            self._refusing = self._refusing or ("writer_down", "the encode thread ended unexpectedly")
+            self._reporter.failure("encode_thread", "nothing more is recorded by this process", error)
+            self._abandon(error)
+
+    def _abandon(self, error: BaseException) -> None:
+        """Account for what the encode thread leaves behind."""
+        self._drained.set()
+        while not self._queue.empty():
+            self._waiting.append(self._queue.get())
+        for queued in self._waiting:
+            if queued.future is None or not queued.future.done():
+                self._drop(queued, "writer_down", "the encode thread ended unexpectedly", error)
+        for _, future in self._unconfirmed:
+            if not future.done():
+                future.set_exception(DurabilityError(f"the encode thread ended unexpectedly: {error}"))
 
     # --- the encode thread ---
 
     def _encode_loop(self) -> None:
-        waiting: list[Queued] = []
-        try:
-            while not (self._stopping.is_set() and not waiting and self._queue.empty()):
-                waiting += self._gather(block=not waiting and not self._unconfirmed)
-                ready, waiting = split_ready(waiting)
-                while ready:
-                    ready = self._spool_some(ready)
-                self._confirm()
-                metrics.QUEUE_BYTES.set(self.budget.used)
-                metrics.QUEUE_RECORDS.set(len(waiting) + self._queue.qsize())
-        finally:
-            self._drained.set()
+        while not (self._stopping.is_set() and not self._waiting and self._queue.empty()):
+            self._gather()
+            while ready := self._take_ready():
+                self._spool_some(ready)
+            self._confirm()
+            self._measure()
+        self._drained.set()
         while self._unconfirmed and time.monotonic() < self._deadline:
             time.sleep(CONFIRM_SECONDS)
             self._confirm()
+        self._measure()
 
-    def _gather(self, *, block: bool) -> list[Queued]:
-        """What is queued, after the window in which records gather."""
-        gathered: list[Queued] = []
-        if block and not self._stopping.is_set():
+    def _measure(self) -> None:
+        metrics.QUEUE_BYTES.set(self.budget.used)
+        metrics.QUEUE_RECORDS.set(len(self._waiting) + self._queue.qsize())
+
+    def _gather(self) -> None:
+        """Wait for records, and on for the window in which others join them."""
+        idle = not (self._waiting or self._unconfirmed or self._stopping.is_set())
+        if idle:
             try:
-                gathered.append(self._queue.get(timeout=1.0))
+                self._waiting.append(self._queue.get(timeout=1.0))
             except queue.Empty:
-                return gathered
+                return
         if self._stopping.is_set():
             time.sleep(CONFIRM_SECONDS)
         else:
             self._urgent.wait(CONFIRM_SECONDS if self._unconfirmed else WINDOW_SECONDS)
             self._urgent.clear()
+        before = len(self._waiting) - idle
         while not self._queue.empty():
-            gathered.append(self._queue.get())
-        metrics.CAPTURED.inc(len(gathered))
-        return gathered
+            self._waiting.append(self._queue.get())
+        metrics.CAPTURED.inc(len(self._waiting) - before)
 
-    def _spool_some(self, ready: list[Queued]) -> list[Queued]:
-        """Encode and spool one segment; returns what is left over."""
-        rows: list[Row] = []
-        encoded: list[Queued] = []
-        nbytes = done = 0
+    def _take_ready(self) -> list[Queued]:
+        """Of what waits, the durable records and those that are complete: enough for one segment."""
+        ready = [queued for queued in self._waiting if queued.future is not None or queued.item.is_ready()]
+        taken, nbytes = 0, 0
         for queued in ready:
             if nbytes >= SEGMENT_BYTES:
                 break
-            done += 1
-            try:
-                row = queued.item.encode()
-            except Exception as error:  # the writer's border: a record that fails must not stop the others
-                self._fail([queued], "encoding", "it could not be encoded", error)
-                continue
-            rows.append(row)
-            encoded.append(queued)
-            nbytes += row.nbytes
-        if rows:
-            self._spool_rows(rows, encoded)
-        return ready[done:]
+            nbytes += queued.item.reserved_bytes
+            taken += 1
+        return ready[:taken]
 
-    def _spool_rows(self, rows: list[Row], queued: list[Queued]) -> None:
-        sync = any(one.future is not None for one in queued)
+    def _spool_some(self, ready: list[Queued]) -> None:
+        """Encode and spool records; they leave ``_waiting`` when each has its outcome."""
+        rows: list[tuple[Queued, Row]] = []
+        for queued in ready:
+            try:
+                rows.append((queued, queued.item.encode()))
+            except Exception as error:  # the writer's border: a record that fails must not stop the others
+                self._drop(queued, "encoding", "it could not be encoded", error)
+        if rows:
+            self._spool_rows(rows)
+        done = set(map(id, ready))
+        self._waiting = [queued for queued in self._waiting if id(queued) not in done]
+
+    def _spool_rows(self, rows: list[tuple[Queued, Row]]) -> None:
         try:
-            batch = to_batch(rows)
-            sequence = self._append(batch, sync=sync)
+            batch = to_batch([row for _, row in rows])
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            # One row that no column can hold must not take the others with it.
+            if len(rows) == 1:
+                self._drop(rows[0][0], "encoding", "it does not fit the table's columns", error)
+            else:
+                for one in rows:
+                    self._spool_rows([one])
+            return
+        try:
+            sequence = self._append(batch, sync=any(queued.future is not None for queued, _ in rows))
         except SpoolFullError as error:
-            self._fail(queued, "spool_full", "the spool is full", error)
-        except Exception as error:  # the writer's border: a bug in one batch must not stop the next
-            self._fail(queued, "spool", "it could not be spooled", error)
+            self._drop_all(rows, "spool_full", "the spool is full", error)
+        except (SpoolError, OSError, pa.ArrowException) as error:
+            self._drop_all(rows, "spool", "it could not be spooled", error)
         else:
             metrics.SPOOLED.inc(len(rows))
             metrics.SPOOLED_BYTES.inc(batch.nbytes)
-            for one in queued:
-                self.budget.release(one.item.reserved_bytes)
-                self._resolve(one, sequence)
+            for queued, _ in rows:
+                self._resolve(queued, sequence)
+
+    def _drop_all(self, rows: list[tuple[Queued, Row]], reason: str, why: str, error: Exception) -> None:
+        for queued, _ in rows:
+            self._drop(queued, reason, why, error)
 
     def _append(self, batch: pa.RecordBatch, *, sync: bool) -> int:
         """Append to the spool, again and again while the disk fails; memory's limit bounds what waits."""
@@ -341,13 +366,10 @@ class Writer:
             time.sleep(pause)
             pause = min(pause * 2, MAX_BACKOFF_SECONDS)
 
-    def _fail(self, queued: list[Queued], reason: str, why: str, error: BaseException) -> None:
-        for one in queued:
-            self._drop(one.item, reason, why, error)
-            if one.future is not None:
-                one.future.set_exception(DurabilityError(f"the record was dropped: {why}: {error}"))
-
     def _resolve(self, queued: Queued, sequence: int) -> None:
+        """A record is spooled: its memory goes back, and a strict reply may leave."""
+        self.budget.release(queued.item.reserved_bytes)
+        queued.item.reserved_bytes = 0
         if queued.future is None:
             return
         if queued.durability is Durability.COMMITTED:
@@ -367,67 +389,18 @@ class Writer:
                     future.set_result(None)
             except SegmentError as error:
                 future.set_exception(DurabilityError(str(error)))
+            except OSError:
+                still.append((sequence, future))  # the disk can't say now; the reply has its own deadline
         self._unconfirmed = still
 
-    # --- the commit thread ---
 
-    def _commit_loop(self) -> None:
-        committer = Committer(self.settings)
-        maintenance = Maintenance(self.settings)
-        failures = 0
-        try:
-            while not self._stopping.is_set():
-                self._commit_wanted.wait(self._pause(failures))
-                self._commit_wanted.clear()
-                failures = 0 if self._commit_all(committer) else failures + 1
-                if not failures and committer.is_acquired:
-                    self._maintain(maintenance)
-            self._commit_last(committer)
-        finally:
-            committer.release()
-
-    def _pause(self, failures: int) -> float:
-        if not failures:
-            return self.settings.flush_seconds
-        return min(MAX_BACKOFF_SECONDS, self.settings.flush_seconds + 0.1 * 2.0**failures) * random.uniform(
-            0.5, 1
-        )
-
-    def _commit_all(self, committer: Committer) -> bool:
-        """Commit what is spooled on this machine, where no other process does. False after a failure."""
-        try:
-            if committer.acquire():
-                while committer.commit_once() is not None:
-                    pass
-        except Exception as error:  # the writer's border: whatever fails is tried again after a pause
-            metrics.COMMIT_ERRORS.labels(type(error).__name__).inc()
-            self._reporter.failure(
-                "commit", f"cannot commit to {self.settings.uri}; rows stay in the spool", error
-            )
-            return False
-        return True
-
-    def _commit_last(self, committer: Committer) -> None:
-        """At a clean stop: until all of ours is committed, by us or by another process, or time is up."""
-        self._drained.wait(max(0.0, self._deadline - time.monotonic()))
-        while time.monotonic() < self._deadline:
-            self._commit_all(committer)
-            if not self._spool.pending():
-                return
-            time.sleep(WINDOW_SECONDS)
-
-    def _maintain(self, maintenance: Maintenance) -> None:
-        try:
-            maintenance.step()
-        except Exception as error:  # the writer's border: a table that can't be compacted still takes rows
-            metrics.COMMIT_ERRORS.labels("maintenance").inc()
-            self._reporter.failure("maintenance", f"cannot compact {self.settings.uri}", error)
+WRITERS: "Final[weakref.WeakSet[Writer]]" = weakref.WeakSet()
 
 
-def split_ready(waiting: list[Queued]) -> tuple[list[Queued], list[Queued]]:
-    """The durable ones and those that are ready, and the rest."""
-    ready: list[Queued] = []
-    rest: list[Queued] = []
-    for queued in waiting:
-        (ready if queued.future is not None or queued.item.is_ready() else rest).append(queued)
-    return ready, rest
+def reset_in_child() -> None:
+    """A fork has the parent's queue and locks, but none of its threads."""
+    for writer in list(WRITERS):
+        writer._reset()
+
+
+os.register_at_fork(after_in_child=reset_in_child)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from prometheus_client.multiprocess import mark_process_dead
+
 from inference_table.errors import SettingsError
 from inference_table.settings import ENV_PREFIX, StorageSettings
 from serving.exposition import MULTIPROC_VARIABLE, MetricsApp
@@ -62,7 +64,10 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="tracelake-serve-", ignore_cleanup_errors=True) as folder:
         failure = Path(folder) / "failure"
         if workers > 1:
-            os.environ.update({MULTIPROC_VARIABLE: folder, FAILURE_VARIABLE: str(failure)})
+            os.environ[FAILURE_VARIABLE] = str(failure)
+            shared = os.environ.setdefault(MULTIPROC_VARIABLE, folder)
+            # This process was none of the workers: what it has set itself is not theirs.
+            mark_process_dead(os.getpid(), shared)  # type: ignore[no-untyped-call]
         uvicorn.run(
             "serving.app:create_app",
             factory=True,

@@ -7,7 +7,7 @@ A part that can fail for a reason of the payload's fails alone: the row is writt
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 from inference_table import metrics
 from inference_table.content_encoding import decode_body
@@ -64,18 +64,24 @@ class RowEncoder:
         traces = self._traces(exchange, codes)
         request = Part("request", exchange.request, self._limit, codes)
         response = Part("response", exchange.response, self._limit, codes)
+        if exchange.is_request_read and not exchange.is_request_complete:
+            request.cut_short(ErrorCode.REQUEST_INCOMPLETE, codes)
+        if exchange.is_cut_off and exchange.start_sent and not is_stream(response.media_type):
+            response.cut_short(ErrorCode.RESPONSE_INCOMPLETE, codes)
         stream = aggregate_stream(exchange, response)
         withheld = False
         if self._redact is not None:
             try:
-                request.body, response.body, traces = redacted(
-                    self._redact, request.body, response.body, traces
+                request.body, response.body, traces, error = redacted(
+                    self._redact, request.body, response.body, traces, stream["error"] if stream else None
                 )
-            except Exception as error:  # the capture border: the user's callable may raise anything
+                if stream is not None:
+                    stream["error"] = error
+            except Exception as failure:  # the capture border: the user's callable may raise anything
                 codes.append(ErrorCode.REDACTION_FAILED)
                 metrics.CAPTURE_ERRORS.labels("redact").inc()
-                reporter.failure("redact", "redact failed; a row's payload is withheld", error)
-                withheld, traces = True, []
+                reporter.failure("redact", "redact failed; a row's payload is withheld", failure)
+                withheld, traces, stream = True, [], None
         output = DatabricksOutput(exchange.request_id, traces, stream)
         row = self._row(exchange, codes)
         if not withheld:
@@ -188,8 +194,14 @@ class Part:
                 codes.append(f"MAX_{name.upper()}_SIZE_EXCEEDED")
                 metrics.TRUNCATED.labels(name, "size").inc()
 
+    def cut_short(self, code: ErrorCode, codes: list[str]) -> None:
+        """What is kept is the head of a body that ended early; nobody knows how long it would have been."""
+        if self.missing == 0:
+            self.missing = None
+            codes.append(code)
 
-def aggregate_stream(exchange: Exchange, response: Part) -> dict[str, object] | None:
+
+def aggregate_stream(exchange: Exchange, response: Part) -> dict[str, Any] | None:
     """Replace a streamed body by what it adds up to; what is known of the stream, None for other bodies."""
     if not is_stream(response.media_type):
         return None
@@ -202,7 +214,7 @@ def aggregate_stream(exchange: Exchange, response: Part) -> dict[str, object] | 
         largest_gap_ms=exchange.largest_gap_ns // 1_000_000,
         clean_end=not (exchange.is_cut_off or exchange.disconnected),
         cut_off_by_client=exchange.disconnected,
-        error=None if exchange.error is None else f"{type(exchange.error).__name__}: {exchange.error}",
+        error=exchange.error,
     )
 
 

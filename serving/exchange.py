@@ -6,17 +6,18 @@ writer's thread. ``capture_overhead_us`` is the time spent in this module's hook
 """
 
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from time import perf_counter_ns
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
+from inference_table.memory import MemoryBudget
 from inference_table.record import Row
 from inference_table.settings import Durability
-from inference_table.writer import MemoryBudget
 from serving.border import Border
 from serving.tracing import RequestTraces
 
-__all__ = ["Body", "Exchange", "Message", "Receive", "Send", "header_text"]
+__all__ = ["Body", "Exchange", "Gate", "Message", "Receive", "Send", "header_text"]
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -28,6 +29,9 @@ CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's status for a client that left before its reply was complete."""
 INTERNAL_SERVER_ERROR: Final = 500
 
+OURS: Final = frozenset({REQUEST_ID_HEADER, DURABILITY_HEADER})
+"""An agent may pass on what another endpoint of ours answered; the reply's own headers are for its row."""
+FINISH: Final = Border("finish")
 OBSERVE_REQUEST: Final = Border("request")
 OBSERVE_RESPONSE: Final = Border("response")
 
@@ -73,6 +77,16 @@ class Body:
         return self.kept < self.size
 
 
+class Gate(Protocol):
+    """What holds a durable reply (:class:`serving.replies.DurableReply`)."""
+
+    async def ended(self) -> None:
+        """The app returned."""
+
+    async def fail(self) -> None:
+        """The app raised, or returned without completing its reply."""
+
+
 class Exchange:
     """One request and its reply: the ``Recordable`` that the writer takes over.
 
@@ -107,16 +121,21 @@ class Exchange:
         self.response = Body(limit)
         self.status_code: int | None = None
         self.disconnected = False
-        self.error: BaseException | None = None
+        self.error: str | None = None
+        """What the app raised, as text: the exception itself would keep the request alive."""
         self.first_byte_ns: int | None = None
         self.last_byte_ns: int | None = None
         self.largest_gap_ns = 0
         self.finished_ns: int | None = None
         self.reserved_bytes = 0
-        self.reply: Send = send
-        self.gate: Send | None = None
+        self.reply: Send = self.transmit
+        self.gate: Gate | None = None
         self._receive = receive
+        self._transmit = send
+        self.start_sent = False
+        self._left = float("inf")
         self.is_request_read = False
+        self.is_request_complete = False
         self._response_complete = False
         self._handed_over = False
         self._budget = budget
@@ -133,9 +152,10 @@ class Exchange:
         message = await self._receive()
         started = perf_counter_ns()
         with OBSERVE_REQUEST:
-            if message["type"] == "http.request":
+            if message["type"] == "http.request" and not self._handed_over:
                 self.reserved_bytes += self.request.add(message.get("body", b""), self._budget)
                 self.is_request_read = True
+                self.is_request_complete = not message.get("more_body", False)
             elif message["type"] == "http.disconnect" and not self._response_complete:
                 self.disconnected = True
         self.overhead_ns += perf_counter_ns() - started
@@ -154,13 +174,21 @@ class Exchange:
             self.disconnected = True
             raise
         if self._response_complete:
-            self.finish()
+            with FINISH:
+                self.finish()
+
+    async def transmit(self, message: Message) -> None:
+        """The server's ``send``, at the end of whatever holds or rewrites the reply."""
+        if message["type"] == "http.response.start":
+            self.start_sent = True
+        await self._transmit(message)
 
     def _observe(self, message: Message, now: int) -> Message:
         if message["type"] == "http.response.start":
             self.status_code = message["status"]
-            headers = list(message.get("headers", ()))
+            headers = [header for header in message.get("headers", ()) if header[0].lower() not in OURS]
             self.response.describe(headers)
+            self._left = content_length(headers)
             headers.append((REQUEST_ID_HEADER, self.request_id.encode()))
             if self.durability is Durability.RELAXED:
                 headers.append((DURABILITY_HEADER, b"queued"))
@@ -170,14 +198,17 @@ class Exchange:
         return message
 
     def _observe_body(self, message: Message, now: int) -> None:
-        if body := message.get("body", b""):
+        body = message.get("body", b"")
+        if body and not self._handed_over:
             self.reserved_bytes += self.response.add(body, self._budget)
             if self.last_byte_ns is None:
                 self.first_byte_ns = now
             else:
                 self.largest_gap_ns = max(self.largest_gap_ns, now - self.last_byte_ns)
             self.last_byte_ns = now
-        if not message.get("more_body", False):
+        # A client takes a reply of known length for complete before the empty message that ends it.
+        self._left -= len(body)
+        if not message.get("more_body", False) or self._left <= 0:
             self._response_complete = True
             self.disconnected = self.disconnected or has_left(self._receive)
 
@@ -185,8 +216,10 @@ class Exchange:
 
     def failed(self, error: BaseException) -> None:
         """The app raised. What it had sent stays; without a reply, the server answers 500."""
-        if not self._response_complete:
-            self.error = error
+        if self._response_complete:
+            return
+        with FINISH:
+            self.error = "".join(traceback.format_exception_only(error)).strip()
 
     def finish(self) -> None:
         """Hand over to the writer, once."""
@@ -198,6 +231,8 @@ class Exchange:
         if self._handed_over:
             return False
         self._handed_over = True
+        if self.is_cut_off and not self.start_sent:
+            self.status_code = None  # the server answers in the app's place
         self.finished_ns = perf_counter_ns()
         return True
 
@@ -231,6 +266,13 @@ class Exchange:
 
     def encode(self) -> Row:
         return self._encode(self)
+
+
+def content_length(headers: Iterable[tuple[bytes, bytes]]) -> float:
+    for name, value in headers:
+        if name.lower() == b"content-length" and value.isdigit():
+            return float(value)
+    return float("inf")
 
 
 def has_left(receive: Receive) -> bool:

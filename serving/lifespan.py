@@ -1,7 +1,7 @@
 """The lifespan of a server with capture on: check at start-up, flush at the end.
 
 An operator's mistake stops the start; at shutdown what was handed over is in the table before the server says
-that it is done. Apps that know no lifespan get ours all the same.
+that it is done. Apps that know no lifespan, or leave theirs early, get ours all the same.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from inference_table.errors import TracelakeError
 from serving.exchange import Message, Receive, Send
 from serving.recorder import App, Recorder, Scope
 
-__all__ = ["Lifespan"]
+__all__ = ["Lifespan", "refuse"]
 
 logger: Final = logging.getLogger("tracelake")
 
@@ -28,50 +28,53 @@ class Lifespan:
         self._recorder = recorder
         self._server_receive = receive
         self._server_send = send
-        self._first: Message | None = None
-        self._answered = False
-        self._closed = False
+        self._startup: Message | None = None
+        self._started = False
+        self._stopping = False
+        self._ended = False
 
     async def run(self, app: App, scope: Scope) -> None:
-        if (message := await self._server_receive())["type"] != "lifespan.startup":
-            return
+        self._startup = await self._server_receive()
         if (failure := await start(self._recorder)) is not None:
             await self._server_send({"type": "lifespan.startup.failed", "message": failure})
             return
-        self._first = message
         try:
             await app(scope, self._receive, self._send)
         except Exception:
-            # Raising before it answers is how an app says that it knows no lifespan (ASGI specification).
-            if self._answered:
-                await self._close()
+            if self._ended:
                 raise
-            logger.debug("the app knows no lifespan; tracelake's own goes on", exc_info=True)
-        if not self._answered:
+            # Raising before it answers is how an app says that it knows no lifespan (ASGI specification).
+            level = logging.ERROR if self._started else logging.INFO
+            logger.log(level, "the app's own lifespan ended; tracelake's goes on", exc_info=True)
+        if not self._ended:
+            await self._go_on()
+
+    async def _go_on(self) -> None:
+        """The rest of the conversation, which the app has left."""
+        if not self._started:
             await self._server_send({"type": "lifespan.startup.complete"})
-            await self._server_receive()
-            await self._close()
-            await self._server_send({"type": "lifespan.shutdown.complete"})
+        while not self._stopping:
+            await self._receive()
         await self._close()
+        await self._server_send({"type": "lifespan.shutdown.complete"})
 
     async def _receive(self) -> Message:
-        if (first := self._first) is not None:
-            self._first = None
-            return first
-        return await self._server_receive()
+        message, self._startup = self._startup or await self._server_receive(), None
+        self._stopping = message["type"] == "lifespan.shutdown"
+        return message
 
     async def _send(self, message: Message) -> None:
-        if not message["type"].startswith("lifespan."):
-            raise RuntimeError(f"expected a lifespan message, got {message['type']!r}")
-        self._answered = True
-        if message["type"].startswith(("lifespan.shutdown", "lifespan.startup.failed")):
+        kind = message["type"]
+        if not kind.startswith("lifespan."):
+            raise RuntimeError(f"expected a lifespan message, got {kind!r}")
+        self._started = True
+        if kind != "lifespan.startup.complete":
+            self._ended = True
             await self._close()
         await self._server_send(message)
 
     async def _close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            await asyncio.to_thread(self._recorder.writer.close)
+        await asyncio.to_thread(self._recorder.writer.close)
 
 
 async def start(recorder: Recorder) -> str | None:
@@ -79,9 +82,13 @@ async def start(recorder: Recorder) -> str | None:
     try:
         await asyncio.to_thread(recorder.start)
     except TracelakeError as error:
-        logger.error("tracelake cannot start: %s", error)
-        return f"tracelake: {error}"
-    return None
+        failure = f"tracelake: {error}"
+    except Exception as error:  # the capture border: raising here would read as "knows no lifespan"
+        failure = f"tracelake: {type(error).__name__}: {error}"
+    else:
+        return None
+    logger.error("the server cannot start: %s", failure)
+    return failure
 
 
 async def refuse(failure: str, receive: Receive, send: Send) -> None:

@@ -41,10 +41,12 @@ class InferenceTableMiddleware:
             self._active = is_tracing_enabled() if enabled is None else enabled
             if self._active:
                 self._recorder = make_recorder(options, redact)
-        except SettingsError as error:
+        except Exception as error:  # the capture border: a package that is missing, say
             self._active = True
-            self._mistake = str(error)
-            logger.error("tracelake records nothing: %s", error)
+            self._mistake = (
+                str(error) if isinstance(error, SettingsError) else f"{type(error).__name__}: {error}"
+            )
+            logger.error("tracelake records nothing: %s", self._mistake)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if not self._active:

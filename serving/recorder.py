@@ -1,7 +1,7 @@
 """Begins an exchange for each captured request, and runs the app inside it."""
 
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from time import perf_counter_ns
 from typing import Any, Final
 
@@ -15,12 +15,12 @@ from serving.border import Border
 from serving.encode import RowEncoder
 from serving.exchange import DURABILITY_HEADER, Exchange, Receive, Send, header_text
 from serving.redaction import Redact
-from serving.replies import DurableReply, TraceReply
+from serving.replies import DurableReply, TraceReply, refuse
 from serving.settings import CaptureSettings
 
 __all__ = ["App", "Recorder", "Scope"]
 
-Scope = Mapping[str, Any]
+Scope = MutableMapping[str, Any]
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
 CAPTURED_KEY: Final = "tracelake.captured"
@@ -28,6 +28,7 @@ CAPTURED_KEY: Final = "tracelake.captured"
 BYTES_ONLY: Final = frozenset({"http.response.pathsend", "http.response.zerocopysend"})
 """ASGI extensions by which a reply's body would pass us unseen."""
 BEGIN: Final = Border("begin")
+TRACING: Final = Border("tracing")
 FINISH: Final = Border("finish")
 
 
@@ -66,40 +67,43 @@ class Recorder:
 
     async def __call__(self, app: App, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the app for one request that is captured."""
-        traces: tracing.RequestTraces | None = None
-        exchange: Exchange | None = None
         started = perf_counter_ns()
-        with BEGIN:
-            tracing.ensure_installed()
-            durability = self._durability(scope)
-            if durability is Durability.RELAXED and self._draw.random() >= self.settings.sampling_fraction:
-                metrics.SAMPLED_OUT.inc()
-                traces = tracing.SKIPPED
-            else:
-                exchange = self._begin(scope, receive, send, durability)
-                traces = exchange.traces
-                exchange.overhead_ns = perf_counter_ns() - started
-        if traces is None:
-            await app(scope, receive, send)
+        durability = self._durability(scope)
+        if durability is Durability.RELAXED and self._draw.random() >= self.settings.sampling_fraction:
+            metrics.SAMPLED_OUT.inc()
+            await run_within(tracing.SKIPPED, app, scope, receive, send)
             return
-        token = tracing.CURRENT.set(traces)
-        try:
-            if exchange is None:
-                await app(marked(scope), receive, send)
-            else:
-                await self._run(exchange, app, marked(scope))
-        finally:
-            tracing.CURRENT.reset(token)
+        exchange: Exchange | None = None
+        with TRACING:
+            tracing.ensure_installed()
+        with BEGIN:
+            exchange = self._begin(scope, receive, send, durability)
+            mark(scope)
+            exchange.overhead_ns = perf_counter_ns() - started
+        if exchange is not None:
+            await self._run(exchange, app, scope)
+        elif durability is Durability.RELAXED:
+            await app(scope, receive, send)
+        else:
+            metrics.DURABILITY_FAILURES.labels("error").inc()
+            await refuse(send, "the request could not be captured; the server's log says why")
 
     async def _run(self, exchange: Exchange, app: App, scope: Scope) -> None:
+        gate = exchange.gate
         try:
-            await app(scope, exchange.receive, exchange.send)
+            await run_within(exchange.traces, app, scope, exchange.receive, exchange.send)
         except BaseException as error:
             exchange.failed(error)
-            if isinstance(error, Exception) and isinstance(exchange.gate, DurableReply):
+            if gate is not None and isinstance(error, Exception):
                 with FINISH:
-                    await exchange.gate.fail()
+                    await gate.fail()
             raise
+        else:
+            if gate is not None and exchange.is_cut_off:
+                with FINISH:
+                    await gate.fail()
+            if gate is not None:
+                await gate.ended()
         finally:
             with FINISH:
                 exchange.finish()
@@ -122,7 +126,7 @@ class Recorder:
         )
         if durability is not Durability.RELAXED:
             put, timeout = self.writer.put_durable, self.storage.strict_timeout_seconds
-            exchange.gate = exchange.reply = DurableReply(exchange, send, put, timeout)
+            exchange.gate = exchange.reply = DurableReply(exchange, exchange.transmit, put, timeout)
         if self.settings.allow_return_trace:
             exchange.reply = TraceReply(
                 exchange,
@@ -148,10 +152,22 @@ def header(scope: Scope, name: bytes) -> str | None:
     return None
 
 
-def marked(scope: Scope) -> dict[str, Any]:
-    """The scope the app sees: known as captured, and without the extensions that would hide a body."""
-    extensions = scope.get("extensions") or {}
-    if BYTES_ONLY.isdisjoint(extensions):
-        return {**scope, CAPTURED_KEY: True}
-    seen = {name: value for name, value in extensions.items() if name not in BYTES_ONLY}
-    return {**scope, CAPTURED_KEY: True, "extensions": seen}
+def mark(scope: Scope) -> None:
+    """Mark a scope as captured, and take out the extensions that would hide a body.
+
+    In place, as routing does it: outer middlewares read there what inner ones found out.
+    """
+    scope[CAPTURED_KEY] = True
+    if extensions := scope.get("extensions"):
+        scope["extensions"] = {name: value for name, value in extensions.items() if name not in BYTES_ONLY}
+
+
+async def run_within(
+    traces: tracing.RequestTraces, app: App, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Run the app with its spans going to ``traces``."""
+    token = tracing.CURRENT.set(traces)
+    try:
+        await app(scope, receive, send)
+    finally:
+        tracing.CURRENT.reset(token)

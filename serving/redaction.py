@@ -31,29 +31,29 @@ class Payload:
 
     ``request`` and ``response`` are the JSON value where the body is JSON (a stream's: what it adds up to),
     else text, else bytes; ``traces`` are dictionaries as of ``mlflow.entities.Trace.to_dict``, in which span
-    attributes are JSON texts.
+    attributes are JSON texts; ``error`` is what ended a stream midway.
     """
 
     request: Any
     response: Any
     traces: list[dict[str, Any]]
+    error: str | None = None
 
 
 Redact = Callable[[Payload], Payload]
 
 
 def redacted(
-    redact: Redact, request: bytes, response: bytes, traces: Sequence[EncodedTrace]
-) -> tuple[bytes, bytes, list[EncodedTrace]]:
-    """Request, response and traces as ``redact`` leaves them.
+    redact: Redact, request: bytes, response: bytes, traces: Sequence[EncodedTrace], error: str | None
+) -> tuple[bytes, bytes, list[EncodedTrace], str | None]:
+    """Request, response, traces and a stream's error as ``redact`` leaves them.
 
     Raises:
         TypeError: it returned no ``Payload``, or something that is no JSON.
         Exception: what it raises.
     """
-    payload = redact(
-        Payload(value_of(request), value_of(response), [orjson.loads(trace.json) for trace in traces])
-    )
+    loaded = [orjson.loads(trace.json) for trace in traces]
+    payload = redact(Payload(value_of(request), value_of(response), loaded, error))
     if not isinstance(payload, Payload):
         raise TypeError(f"redact returned a {type(payload).__name__}, not the Payload")
     # A trace that was taken out takes its columns with it: what is left says which it is.
@@ -62,6 +62,7 @@ def redacted(
         bytes_of(payload.request),
         bytes_of(payload.response),
         [encoded(trace, by_id) for trace in payload.traces],
+        payload.error,
     )
 
 

@@ -5,6 +5,7 @@ is durable, :class:`TraceReply` puts the trace into it. Other replies go through
 """
 
 import asyncio
+import re
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Final
@@ -16,13 +17,16 @@ from inference_table.errors import DurabilityError
 from inference_table.record import DatabricksOutput, return_trace
 from inference_table.settings import Durability
 from serving.border import Border, reporter
-from serving.exchange import DURABILITY_HEADER, Exchange, Message, Send
+from serving.exchange import DURABILITY_HEADER, REQUEST_ID_HEADER, Exchange, Message, Send
 
 __all__ = ["DurableReply", "TraceReply"]
 
 RECEIPTS: Final = {Durability.STRICT: b"spooled", Durability.COMMITTED: b"committed"}
-END_MARKERS: Final = (b"data: [DONE]", b"data:[DONE]")
-"""How OpenAI-style streams say that they are complete: our event goes before it."""
+END_MARKER: Final = re.compile(rb"(?<![^\r\n])data: ?\[DONE\]")
+"""How OpenAI-style streams say that they are complete, at the start of a line: our event goes before it."""
+MARKER_HEADS: Final = frozenset(
+    marker[:length] for marker in (b"data: [DONE]", b"data:[DONE]") for length in range(1, len(marker))
+)
 RETURN_TRACE: Final = Border("return_trace")
 
 
@@ -52,27 +56,25 @@ class DurableReply:
         self._put = put
         self._timeout = timeout_seconds
         self._start: Message | None = None
-        self._left = float("inf")
         self._withheld = False
+        self._is_cut = False
 
     async def __call__(self, message: Message) -> None:
         if self._withheld:
             return
         if message["type"] == "http.response.start":
             self._start = message
-            self._left = content_length(message)
         elif message["type"] == "http.response.body":
             await self._body(message)
         else:
             await self._send(message)
 
     async def _body(self, message: Message) -> None:
-        # A client takes a reply of known length for complete before the empty message that ends it.
-        self._left -= len(message.get("body", b""))
-        last = not message.get("more_body", False) or self._left <= 0
+        last = not self._exchange.is_cut_off
         start, self._start = self._start, None
         if last and (failure := await self.record()) is not None:
             self._withheld = True
+            self._is_cut = start is None
             if start is not None:
                 await self.refuse(failure)
             return
@@ -81,22 +83,36 @@ class DurableReply:
             await self._send(with_header(start, DURABILITY_HEADER, receipt))
         await self._send(message)
 
+    async def ended(self) -> None:
+        """The app returned. A stream that was cut is made to look so, whatever is outside of us.
+
+        Raises:
+            RuntimeError: the server's, for a second start: the one thing that makes it abort the transfer
+                even where an outer middleware (Starlette's ``BaseHTTPMiddleware``) adds the last chunk.
+        """
+        if self._is_cut:
+            await self._send({"type": "http.response.start", "status": 500, "headers": []})
+
     async def fail(self) -> None:
         """The app raised: what was held never leaves, and an error before the start is recorded as one.
 
         The caller raises on, so the server answers 500; where even that can't be recorded we answer 503.
         """
-        if self._start is not None:
-            self._exchange.status_code = self._start = None
-        unanswered = self._exchange.status_code is None
-        if (failure := await self.record()) is not None and unanswered:
+        self._start = None
+        if (failure := await self.record()) is not None and not self._exchange.start_sent:
+            self._withheld = True
             await self.refuse(failure)
 
     async def record(self) -> str | None:
         """Wait until the record is durable; why it isn't, where it isn't."""
         if not self._exchange.finalize():
             return None
-        future = self._put(self._exchange, self._exchange.durability)
+        try:
+            future = self._put(self._exchange, self._exchange.durability)
+        except Exception as failure:  # the capture border: here a failure of ours is an answer, not silence
+            metrics.DURABILITY_FAILURES.labels("error").inc()
+            reporter.failure("durability:error", "a reply could not be handed to the writer", failure)
+            return f"{type(failure).__name__}: {failure}"
         waiter = asyncio.wrap_future(future)
         # Nobody may be left to look at a failure that comes after the timeout.
         waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -121,21 +137,26 @@ class DurableReply:
 
     async def refuse(self, why: str) -> None:
         """Answer 503 in place of a reply that may not leave unrecorded."""
-        body = orjson.dumps(
-            {
-                "error_code": "TEMPORARILY_UNAVAILABLE",
-                "message": f"The reply is withheld because it could not be recorded: {why}",
-                "databricks_request_id": self._exchange.request_id,
-            }
-        )
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-databricks-request-id", self._exchange.request_id.encode()),
-            (DURABILITY_HEADER, b"unknown"),
-        ]
-        await self._send({"type": "http.response.start", "status": 503, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
+        await refuse(self._send, why, self._exchange.request_id)
+
+
+async def refuse(send: Send, why: str, request_id: str | None = None) -> None:
+    """Answer 503: what may not leave unrecorded does not."""
+    content = {
+        "error_code": "TEMPORARILY_UNAVAILABLE",
+        "message": f"The reply is withheld because it could not be recorded: {why}",
+        "databricks_request_id": request_id,
+    }
+    body = orjson.dumps(content)
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (DURABILITY_HEADER, b"unknown"),
+    ]
+    if request_id is not None:
+        headers.append((REQUEST_ID_HEADER, request_id.encode()))
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 class TraceReply:
@@ -168,6 +189,8 @@ class TraceReply:
         self._chunks: list[bytes] = []
         self._size = 0
         self._marked = False
+        self._held = b""
+        self._line_start = True
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -178,9 +201,10 @@ class TraceReply:
         response = self._exchange.response
         with RETURN_TRACE:
             if not response.encoding and self._wanted():
-                if response.media_type.startswith("application/json"):
+                media_type = response.media_type.partition(";")[0].strip().lower()
+                if media_type == "application/json":
                     return self._json
-                if response.media_type.startswith("text/event-stream"):
+                if media_type == "text/event-stream":
                     return self._stream
         return self._send
 
@@ -195,10 +219,12 @@ class TraceReply:
         self._chunks.append(body)
         self._size += len(body)
         more = message.get("more_body", False)
-        if more and self._size <= self._exchange.response.limit:
+        response = self._exchange.response
+        if more and self._size <= response.limit and not response.out_of_memory:
             return
         start, self._start = self._start, None
         body = b"".join(self._chunks)
+        self._chunks.clear()
         if not more:
             with RETURN_TRACE:
                 if (spliced := return_trace(body, self._output())) is not None:
@@ -210,26 +236,30 @@ class TraceReply:
         if message["type"] == "http.response.start":
             message = without_length(message)
         elif message["type"] == "http.response.body" and not self._marked:
-            with RETURN_TRACE:
-                message = self._with_event(message)
+            message = self._with_event(message)
         await self._send(message)
 
     def _with_event(self, message: Message) -> Message:
-        body = bytes(message.get("body", b""))
-        marker = next((at for mark in END_MARKERS if (at := body.find(mark)) >= 0), None)
-        if marker is None and message.get("more_body", False):
-            return message
-        self._marked = True
-        at = len(body) if marker is None else marker
-        event = b'data: {"databricks_output":' + self._output().to_json() + b"}\n\n"
-        return {**message, "body": body[:at] + event + body[at:]}
+        """The message with our event before the end marker, or at the end; a marker may come in parts."""
+        body, self._held = self._held + bytes(message.get("body", b"")), b""
+        found = next((one for one in END_MARKER.finditer(body) if one.start() or self._line_start), None)
+        if found is not None or not message.get("more_body", False):
+            self._marked = True
+            at = len(body) if found is None else found.start()
+            return {**message, "body": body[:at] + self._event(last=found is None) + body[at:]}
+        line = max(body.rfind(b"\n"), body.rfind(b"\r")) + 1
+        if (line or self._line_start) and body[line:] in MARKER_HEADS:
+            body, self._held = body[:line], body[line:]
+        if body:
+            self._line_start = body.endswith((b"\n", b"\r"))
+        return {**message, "body": body}
 
-
-def content_length(message: Message) -> float:
-    for name, value in message.get("headers", ()):
-        if name.lower() == b"content-length" and value.isdigit():
-            return float(value)
-    return float("inf")
+    def _event(self, *, last: bool) -> bytes:
+        with RETURN_TRACE:
+            # The event before may have left out its blank line.
+            gap = b"\n\n" if last else b""
+            return gap + b'data: {"databricks_output":' + self._output().to_json() + b"}\n\n"
+        return b""
 
 
 def with_header(message: Message, name: bytes, value: bytes) -> Message:

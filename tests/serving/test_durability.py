@@ -1,19 +1,22 @@
 """Replies that may not leave unrecorded."""
 
 import asyncio
+import contextlib
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from serving import InferenceTableMiddleware
-from tests.support import output_of, rows, running
+from tests.support import output_of, rows, running, wait_for
 
 
 def make_agent() -> Starlette:
@@ -44,7 +47,7 @@ def make_agent() -> Starlette:
 
 
 class Endpoint:
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, app: Any = None, **options: Any) -> None:
         self.folder = folder
         self.table = folder / "payload"
         options = {
@@ -53,12 +56,15 @@ class Endpoint:
             "flush_seconds": 0.1,
             **options,
         }
-        self.app = InferenceTableMiddleware(make_agent(), enabled=True, **options)
+        self.app = InferenceTableMiddleware(make_agent() if app is None else app, enabled=True, **options)
 
-    def break_spool(self) -> None:
-        """Put a file where the spool's folder was: no segment can be written any more."""
+    @contextlib.contextmanager
+    def broken_spool(self) -> Iterator[None]:
+        """With a file where the spool's folder was, no segment can be written."""
         shutil.rmtree(self.folder / "spool")
         (self.folder / "spool").write_text("")
+        yield
+        (self.folder / "spool").unlink()
 
 
 @pytest.mark.parametrize(("durability", "receipt"), [("strict", "spooled"), ("committed", "committed")])
@@ -103,8 +109,7 @@ def test_concurrent_strict_replies_share_a_segment(tmp_path: Path) -> None:
 def test_what_cannot_be_recorded_is_answered_503(tmp_path: Path) -> None:
     """With the spool gone a strict reply becomes a 503 that says why; the agent's answer stays in."""
     endpoint = Endpoint(tmp_path, durability="strict", strict_timeout_seconds=0.5)
-    with running(endpoint.app) as url:
-        endpoint.break_spool()
+    with running(endpoint.app) as url, endpoint.broken_spool():
         reply = httpx.post(url, timeout=30)
         assert reply.status_code == 503
         assert reply.headers["x-inference-table-durability"] == "unknown"
@@ -117,8 +122,7 @@ def test_what_cannot_be_recorded_is_answered_503(tmp_path: Path) -> None:
 def test_a_stream_that_cannot_be_recorded_has_no_end(tmp_path: Path) -> None:
     """The client sees a broken transfer, never a complete one."""
     endpoint = Endpoint(tmp_path, durability="strict", strict_timeout_seconds=0.5)
-    with running(endpoint.app) as url:
-        endpoint.break_spool()
+    with running(endpoint.app) as url, endpoint.broken_spool():
         for path in ("/stream", "/fixed"):
             with pytest.raises(httpx.RemoteProtocolError):
                 httpx.post(f"{url}{path}", timeout=30)
@@ -127,8 +131,7 @@ def test_a_stream_that_cannot_be_recorded_has_no_end(tmp_path: Path) -> None:
 def test_relaxed_replies_do_not_notice_a_broken_spool(tmp_path: Path) -> None:
     """The endpoint comes first: every answer is unchanged."""
     endpoint = Endpoint(tmp_path)
-    with running(endpoint.app) as url:
-        endpoint.break_spool()
+    with running(endpoint.app) as url, endpoint.broken_spool():
         assert [httpx.post(url).json() for _ in range(20)] == [{"ok": True}] * 20
 
 
@@ -149,3 +152,39 @@ def test_durable_requests_are_never_sampled_out(tmp_path: Path) -> None:
         for _ in range(5):
             httpx.post(url)
     assert [row["sampling_fraction"] for row in rows(endpoint.table)] == [1.0] * 5
+
+
+class Outer(BaseHTTPMiddleware):
+    """A middleware outside of ours that completes what was left incomplete."""
+
+    async def dispatch(self, request: Request, call_next: Any) -> Response:
+        reply: Response = await call_next(request)
+        return reply
+
+
+def test_a_cut_stream_looks_cut_through_other_middlewares(tmp_path: Path) -> None:
+    """Starlette's BaseHTTPMiddleware adds a last chunk by itself; the client still sees a broken transfer."""
+    endpoint = Endpoint(tmp_path, durability="strict", strict_timeout_seconds=0.5)
+    with running(Outer(endpoint.app)) as url:
+        assert httpx.post(f"{url}/stream", timeout=30).text.count("data:") == 3
+        with endpoint.broken_spool(), pytest.raises(httpx.RemoteProtocolError):
+            httpx.post(f"{url}/stream", timeout=30)
+
+
+@pytest.mark.parametrize("sends_start", [True, False])
+def test_a_reply_that_is_never_completed_is_recorded_first(tmp_path: Path, sends_start: bool) -> None:
+    """The server's own 500 may not leave unrecorded either; the row has the status that the client got."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        if sends_start:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    endpoint = Endpoint(tmp_path, app, durability="strict", strict_timeout_seconds=0.5)
+    with running(endpoint.app) as url:
+        assert httpx.post(url, timeout=30).status_code == 500
+        wait_for(lambda: rows(endpoint.table), "the row")
+        with endpoint.broken_spool():
+            assert httpx.post(url, timeout=30).status_code == 503
+    # The second was held back as unknown, and got through once the disk was mended.
+    assert [row["status_code"] for row in rows(endpoint.table)] == [500, 500]

@@ -527,3 +527,198 @@ def test_settings_errors_are_value_errors() -> None:
     with pytest.raises(ValueError, match="nope") as caught:
         settings_from({"nope": 1}, {})
     assert isinstance(caught.value, SettingsError)
+
+
+def test_an_app_mounted_without_a_lifespan_is_recorded(tmp_path: Path) -> None:
+    """Sub-apps get no lifespan; the table is made and filled all the same."""
+    endpoint = Endpoint(tmp_path)
+    outer = FastAPI()
+    outer.mount("/agent", endpoint.app)
+    with running(outer) as url:
+        httpx.post(f"{url}/agent/invocations", json={"question": "q"})
+        wait_for(lambda: rows(endpoint.table), "the row")
+
+
+@pytest.mark.parametrize("ending", ["return", "raise"])
+def test_an_app_that_leaves_its_lifespan_early_is_still_recorded(tmp_path: Path, ending: str) -> None:
+    """The server goes on serving, and so do we, to the flush at the end."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await bare_app(scope, receive, send)
+            return
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        if ending == "raise":
+            raise RuntimeError("the app's lifespan broke")
+
+    assert len(Endpoint(tmp_path, app).exchange(post("/", content=b"1"), post("/", content=b"2"))) == 2
+
+
+def test_any_failure_at_start_up_stops_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also one that nobody foresaw: raising would read as 'knows no lifespan', and serve unrecorded."""
+    monkeypatch.setenv("MLFLOW_TRACE_SAMPLING_RATIO", "abc")
+    import mlflow
+
+    mlflow.tracing.reset()
+    with pytest.raises(RuntimeError, match="refused to start"), running(Endpoint(tmp_path).app):
+        pass
+    assert "abc" in caplog.text
+
+
+def test_outer_middlewares_see_what_routing_finds(tmp_path: Path) -> None:
+    """Route labels of metrics depend on it."""
+    seen: list[Any] = []
+
+    async def outer(scope: Any, receive: Any, send: Any) -> None:
+        await endpoint.app(scope, receive, send)
+        if scope["type"] == "http":
+            seen.append(scope["route"].path)
+
+    endpoint = Endpoint(tmp_path)
+    with running(outer) as url:
+        httpx.post(f"{url}/echo", content=b"{}")
+    assert seen == ["/echo"]
+
+
+def test_a_request_that_is_not_read_to_its_end_says_so(tmp_path: Path) -> None:
+    """The row does not take the part that passed for the whole."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    [row] = Endpoint(tmp_path, app).exchange(post("/", content=b"x" * 5_000_000))
+    assert row["logging_error_codes"] == ["REQUEST_INCOMPLETE"]
+    assert orjson.loads(row["request"])["truncated_bytes"] is None
+
+
+def test_a_reply_that_breaks_midway_says_so(tmp_path: Path) -> None:
+    """Half a JSON body under status 200 is marked as half."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await receive()
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b'{"a":', "more_body": True})
+        raise RuntimeError("the agent broke")
+
+    def read(client: httpx.Client) -> None:
+        with pytest.raises(httpx.RemoteProtocolError):
+            client.post("/")
+
+    [row] = Endpoint(tmp_path, app).exchange(read)
+    assert row["logging_error_codes"] == ["RESPONSE_INCOMPLETE"]
+    assert orjson.loads(row["response"])["head"] == '{"a":'
+
+
+def test_exceptions_that_cannot_be_printed_lose_no_row(tmp_path: Path) -> None:
+    """The agent's own exception may raise when it is asked for its text."""
+
+    class UnprintableError(Exception):
+        def __str__(self) -> str:
+            raise ValueError("no text")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        raise UnprintableError
+
+    [row] = Endpoint(tmp_path, app).exchange(post("/"))
+    assert row["status_code"] == 500
+
+
+def test_redact_sees_the_error_of_a_stream(tmp_path: Path) -> None:
+    """An exception's text is payload too."""
+
+    def redact(payload: Payload) -> Payload:
+        payload.error = payload.error and "[gone]"
+        return payload
+
+    def read(client: httpx.Client) -> None:
+        with pytest.raises(httpx.RemoteProtocolError):
+            client.post("/raise-midway")
+
+    [row] = Endpoint(tmp_path, redact=redact).exchange(read)
+    assert output_of(row)["stream"]["error"] == "[gone]"
+    assert "broke midway" not in str(row)
+
+
+def test_an_agents_own_headers_of_ours_are_replaced(tmp_path: Path) -> None:
+    """An agent that passes on another endpoint's headers does not confuse its client."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        headers = [(b"X-Databricks-Request-Id", b"upstream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    replies: list[httpx.Response] = []
+    [row] = Endpoint(tmp_path, app).exchange(lambda client: replies.append(client.post("/")))
+    assert replies[0].headers["x-databricks-request-id"] == row["databricks_request_id"]
+
+
+def test_memory_is_given_back_when_clients_go_on_uploading(tmp_path: Path) -> None:
+    """A reply that is complete before its request is; nothing is reserved for what comes after."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+        while (await receive()).get("more_body"):
+            pass
+
+    endpoint = Endpoint(tmp_path, app)
+    endpoint.exchange(*[post("/", content=b"x" * 1_000_000) for _ in range(10)])
+    assert endpoint.app._recorder.writer.budget.used == 0
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [b'data: {"n": 1}\n\ndata: [DONE]\n\n'],
+        [b'data: {"n": 1}\n\nda', b"ta: [DO", b"NE]\n\n"],
+        [b'data: {"text": "they say data: [DONE] here"}\n\n', b"data: [DONE]\n\n"],
+        [b'data: {"n": 1}\n', b"\ndata:[DONE]\n\n"],
+        [b'data: {"n": 1}'],
+    ],
+)
+def test_the_event_with_the_trace_breaks_no_other(tmp_path: Path, parts: list[bytes]) -> None:
+    """End markers in parts, in texts, or missing: every event stays whole, ours comes last."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await receive()
+        headers = [(b"content-type", b"Text/Event-Stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for part in parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    replies: list[httpx.Response] = []
+    body = {"databricks_options": {"return_trace": True}}
+    endpoint = Endpoint(tmp_path, app, allow_return_trace=True)
+    endpoint.exchange(lambda client: replies.append(client.post("/", json=body)))
+    sent = b"".join(parts)
+    events = [line for line in replies[0].text.splitlines() if line]
+    ended = events[-1].replace(" ", "") == "data:[DONE]"
+    assert ended is (b"\ndata: [DONE]" in sent or b"\ndata:[DONE]" in sent)
+    ours = json.loads(events[-1 - ended].removeprefix("data: "))
+    assert "databricks_request_id" in ours["databricks_output"]
+    others = [event for event in events if "databricks_output" not in event]
+    assert others == [line for line in sent.decode().splitlines() if line]
+
+
+def test_json_lines_are_not_buffered_for_a_trace(tmp_path: Path) -> None:
+    """``application/jsonl`` is a stream, whatever its name begins with."""
+    endpoint = Endpoint(tmp_path, allow_return_trace=True)
+    replies: list[httpx.Response] = []
+    body = json.dumps({"databricks_options": {"return_trace": True}}).encode() + b"\n"
+    headers = {"x-reply-type": "application/jsonl"}
+    endpoint.exchange(lambda client: replies.append(client.post("/echo", content=body, headers=headers)))
+    assert replies[0].content == body
