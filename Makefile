@@ -24,7 +24,7 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.test  ## rough figures for added latency on this machine
+bench: $(VENV)/.bench  ## rough figures for added latency on this machine
 	$(BIN)/python -m benchmarks.added_latency
 
 clean:
@@ -39,6 +39,7 @@ $(BIN)/python:
 $(VENV)/.demo: EXTRAS = demo
 $(VENV)/.test: EXTRAS = test
 $(VENV)/.test-all: EXTRAS = test,heavy
+$(VENV)/.bench: EXTRAS = bench
 $(VENV)/.lint: EXTRAS = test,lint
 $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing tracelake[$(EXTRAS)] into $(VENV) ..."
