@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from os.path import relpath
+from pathlib import Path
+from shutil import which
 from typing import IO, Any, Final
 from uuid import uuid4
 
@@ -332,23 +335,26 @@ def show(table: InferenceTable, uri: str, planned: list[Call], since: datetime) 
     show_query(
         table,
         "Latency, tokens and what recording cost on the request path",
-        "select status_code, count(*) as requests,\n"
+        "select status_code as status, count(*) as rows,\n"
         "       quantile_cont(execution_duration_ms, 0.5)::int as p50_ms,\n"
         "       quantile_cont(execution_duration_ms, 0.95)::int as p95_ms,\n"
-        "       sum(input_tokens)::bigint as input_tokens, sum(output_tokens)::bigint as output_tokens,\n"
-        "       quantile_cont(capture_overhead_us, 0.5)::int as recording_p50_us\n"
-        f"from payload where {when} group by all order by status_code",
+        "       sum(input_tokens)::bigint as tokens_in,\n"
+        "       sum(output_tokens)::bigint as tokens_out,\n"
+        "       quantile_cont(capture_overhead_us, 0.5)::int as capture_us\n"
+        f"from payload where {when} group by all order by 1",
     )
 
 
 def show_next(table: InferenceTable) -> None:
+    # Beside the interpreter that runs this, unless its environment is activated.
+    tracelake = "tracelake" if which("tracelake") else relpath(Path(sys.executable).with_name("tracelake"))
     count = table.query("select count(*) as n from payload").to_dicts()[0]["n"]
     console.print(
         f"\nThe table, {count} rows by now: [bold]{table.uri}[/]\nNext, try:\n"
-        '  tracelake query "select request_time, status_code, trace_id from payload'
+        f'  {tracelake} query "select request_time, status_code, trace_id from payload'
         ' order by request_time desc limit 5"\n'
-        "  tracelake trace last\n"
-        "  tracelake serve my_agent:app     # record your own agent",
+        f"  {tracelake} trace last\n"
+        f"  {tracelake} serve my_agent:app     # record your own agent",
         highlight=False,
         soft_wrap=True,
     )
