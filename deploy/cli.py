@@ -34,7 +34,10 @@ class Commands(click.Group):
         except TracelakeError as error:
             if ctx.params.get("debug"):
                 raise
-            raise click.ClickException(" ".join(str(error).split())) from error
+            from deploy.output import printable
+
+            # An engine's message quotes the value that it failed on.
+            raise click.ClickException(printable(" ".join(str(error).split()))) from error
 
 
 def print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -277,8 +280,9 @@ def waiting(what: str) -> Iterator[None]:
         yield
         return
     from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True).status(what):
+    with Console(stderr=True).status(Text(what)):
         yield
 
 

@@ -6,17 +6,22 @@ what came out and what went wrong below it, cut to the width unless everything i
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, ParamSpec
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
+
+from deploy.output import printable
 
 if TYPE_CHECKING:
     from mlflow.entities import Span, Trace
 
 __all__ = ["render_request", "render_trace"]
+
+P = ParamSpec("P")
 
 BAR_WIDTH: Final = 20
 DURATION_WIDTH: Final = 9
@@ -44,6 +49,20 @@ TYPE_STYLES: Final = {
 FRAME: Final = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
 
+def cleaned(render: Callable[P, Iterator[Text]]) -> Callable[P, Iterator[Text]]:
+    """The one place where lines leave: what strangers and agents wrote must not steer the terminal."""
+
+    @wraps(render)
+    def lines(*args: P.args, **kwargs: P.kwargs) -> Iterator[Text]:
+        for line in render(*args, **kwargs):
+            # Of the same length, so styles stay where they are.
+            line.plain = printable(line.plain)
+            yield line
+
+    return lines
+
+
+@cleaned
 def render_request(row: Mapping[str, Any], width: int, *, full: bool = False) -> Iterator[Text]:
     """The header of a request: what is in its row beside the trace.
 
@@ -52,7 +71,7 @@ def render_request(row: Mapping[str, Any], width: int, *, full: bool = False) ->
         width: of the terminal, in cells.
         full: cut nothing.
     """
-    metadata = row.get("request_metadata") or {}
+    metadata = as_dict(row.get("request_metadata"))
     status = row.get("status_code")
     failed = status is not None and status >= 400
     title = Text("request ", style="bold")
@@ -83,6 +102,7 @@ def render_request(row: Mapping[str, Any], width: int, *, full: bool = False) ->
         yield from value_lines(label, body_of(row.get(column)), "  ", width, full)
 
 
+@cleaned
 def render_trace(trace: "Trace", width: int, *, full: bool = False) -> Iterator[Text]:
     """The tree of spans of one trace; arguments as :func:`render_request`."""
     spans = sorted(trace.data.spans, key=lambda span: span.start_time_ns)
@@ -145,15 +165,16 @@ def walk(spans: "Sequence[Span]") -> "Iterator[tuple[str, str, Span]]":
 def span_line(span: "Span", guide: str, width: int, begin: int, end: int) -> Text:
     line = Text(guide, style="dim")
     failed = is_error(span)
-    line.append(
-        f"{'✗' if failed else '●'} ", style="bold red" if failed else TYPE_STYLES.get(span.span_type, "")
-    )
-    line.append(span.name, style="bold red" if failed else "bold")
-    if span.span_type and span.span_type != "UNKNOWN":
-        line.append(f" {span.span_type}", style=TYPE_STYLES.get(span.span_type, "dim"))
+    kind = str(span.span_type or "")
+    line.append(f"{'✗' if failed else '●'} ", style="bold red" if failed else TYPE_STYLES.get(kind, ""))
+    line.append(str(span.name), style="bold red" if failed else "bold")
+    if kind and kind != "UNKNOWN":
+        line.append(f" {kind}", style=TYPE_STYLES.get(kind, "dim"))
     if tokens := span_tokens(span):
         line.append(f" {tokens}", style="dim")
     left = max(width, MIN_WIDTH) - BAR_WIDTH - DURATION_WIDTH - 2
+    # A control character is as wide as what will stand for it.
+    line.plain = printable(line.plain)
     line.truncate(left, overflow="ellipsis", pad=True)
     taken = None if span.end_time_ns is None else (span.end_time_ns - span.start_time_ns) / 1e6
     line.append(f"{duration_text(taken):>{DURATION_WIDTH}} ", style="red" if failed else "")
@@ -182,7 +203,7 @@ def detail_lines(span: "Span", rest: str, width: int, full: bool) -> Iterator[Te
 def error_lines(span: "Span", rest: str, width: int, full: bool) -> Iterator[Text]:
     exceptions = [event for event in span.events if event.name == "exception"]
     for event in exceptions:
-        attributes = event.attributes or {}
+        attributes = as_dict(event.attributes)
         stack = str(attributes.get("exception.stacktrace") or "")
         yield from labelled("error", exception_text(attributes), rest, width, full, "bold red")
         if full:
@@ -190,7 +211,7 @@ def error_lines(span: "Span", rest: str, width: int, full: bool) -> Iterator[Tex
         elif where := last_frame(stack):
             yield from labelled("", f"at {where}", rest, width, full, "red")
     if not exceptions and is_error(span) and span.status.description:
-        yield from labelled("error", span.status.description, rest, width, full, "bold red")
+        yield from labelled("error", str(span.status.description), rest, width, full, "bold red")
 
 
 def value_lines(label: str, value: Any, rest: str, width: int, full: bool) -> Iterator[Text]:
@@ -215,26 +236,34 @@ def labelled(label: str, text: str, rest: str, width: int, full: bool, style: st
         out = Text(rest, style="dim", end="\n")
         out.append(f"{label if number == 0 else '':<{LABEL_WIDTH}} ", style="dim")
         body = line if full else cut(line, max(width, MIN_WIDTH) - cell_len(rest) - LABEL_WIDTH - 1)
-        out.append(printable(body), style=style or "not dim")
+        out.append(body, style=style or "not dim")
         yield out
 
 
 def cut(text: str, width: int) -> str:
     """Text that fits, and how much of it is missing."""
-    if len(text) <= width and cell_len(text) <= width:
-        return text
+    # Measured on what could fit at all, as it will be shown: a payload may be megabytes.
+    head = printable(text[:width])
+    if len(text) <= width and cell_len(head) <= width:
+        return head
     note = f"… ({len(text):,} characters)"
-    # Measured on what could fit at all: a payload may be megabytes.
-    return set_cell_size(text[:width], max(1, width - cell_len(note))).rstrip() + note
+    return set_cell_size(head, max(1, width - cell_len(note))).rstrip() + note
 
 
-def printable(text: str) -> str:
-    """Text without control characters: a payload must not steer the terminal."""
-    return "".join(char if char.isprintable() or char == "\t" else "�" for char in text)
+def as_dict(value: Any) -> Mapping[str, Any]:
+    """A value where MLflow's conventions have an object: agents put there what they like."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, default=str)
+    except RecursionError:
+        return "(nested too deeply to be shown)"
 
 
 def pretty(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    return value if isinstance(value, str) else as_json(value, indent=2)
 
 
 def brief(value: Any) -> str:
@@ -250,7 +279,7 @@ def brief(value: Any) -> str:
             return content_text(choices[0]["message"])
         if len(value) == 1 and isinstance(only := next(iter(value.values())), str):
             return f"{next(iter(value))}: {only}"
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return as_json(value)
 
 
 def messages_of(value: Any) -> list[dict[str, Any]] | None:
@@ -265,9 +294,14 @@ def content_text(message: Mapping[str, Any]) -> str:
     if isinstance(content, str) and content:
         return content
     if calls := messages_of(message.get("tool_calls")):
-        functions = (call.get("function") or {} for call in calls)
-        return "calls " + ", ".join(f"{call.get('name')}({call.get('arguments')})" for call in functions)
-    return json.dumps(content, ensure_ascii=False, default=str)
+        return "calls " + ", ".join(call_text(call.get("function")) for call in calls)
+    return as_json(content)
+
+
+def call_text(function: Any) -> str:
+    if isinstance(function, dict):
+        return f"{function.get('name')}({function.get('arguments')})"
+    return function if isinstance(function, str) else "a function"
 
 
 def documents_of(value: Any) -> list[Any]:
@@ -278,7 +312,7 @@ def documents_of(value: Any) -> list[Any]:
 
 
 def document_text(document: Mapping[str, Any]) -> str:
-    metadata = document.get("metadata") or {}
+    metadata = as_dict(document.get("metadata"))
     named = metadata.get("doc_uri") or metadata.get("source") or metadata.get("title") or document.get("id")
     score = metadata.get("score", metadata.get("similarity_score"))
     parts = [
@@ -304,16 +338,15 @@ def body_of(text: str | None) -> Any:
 
 
 def span_tokens(span: "Span") -> str | None:
-    usage = span.get_attribute("mlflow.chat.tokenUsage")
-    if not isinstance(usage, dict):
-        return None
+    usage = as_dict(span.get_attribute("mlflow.chat.tokenUsage"))
     return tokens_text(usage.get("input_tokens"), usage.get("output_tokens"))
 
 
 def tokens_text(inputs: Any, outputs: Any) -> str | None:
-    if inputs is None and outputs is None:
+    counts = [count if isinstance(count, (int, float)) else None for count in (inputs, outputs)]
+    if counts == [None, None]:
         return None
-    return f"{inputs or 0:,} in / {outputs or 0:,} out"
+    return f"{counts[0] or 0:,} in / {counts[1] or 0:,} out"
 
 
 def milliseconds(value: Any) -> float | None:
@@ -349,12 +382,12 @@ def first_failure(spans: "Sequence[Span]") -> str | None:
     if origin is None:
         return None
     why = failure_text(origin)
-    return printable(cut(f"{origin.name}: {why}" if why else origin.name, MAX_FAILURE))
+    return cut(f"{origin.name}: {why}" if why else str(origin.name), MAX_FAILURE)
 
 
 def failure_text(span: "Span") -> str:
     event = next((event for event in span.events if event.name == "exception"), None)
-    return exception_text(event.attributes or {}) if event else str(span.status.description or "")
+    return exception_text(as_dict(event.attributes)) if event else str(span.status.description or "")
 
 
 def exception_text(attributes: Mapping[str, Any]) -> str:

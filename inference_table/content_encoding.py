@@ -68,6 +68,10 @@ def _gzip(body: bytes, limit: int) -> Decoded:
                 size += len(part)
     except EOFError:
         return Decoded(b"".join(parts), False)
+    except gzip.BadGzipFile as error:
+        # After a whole member, checksum and all, comes what is none: some servers end with a line break.
+        if not (parts and str(error).startswith("Not a gzipped file")):
+            raise ValueError(f"cannot undo the content-encoding 'gzip': {error}") from error
     except (OSError, zlib.error) as error:
         raise ValueError(f"cannot undo the content-encoding 'gzip': {error}") from error
     return Decoded(b"".join(parts), True)

@@ -1,15 +1,21 @@
 """The result of a query."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import pyarrow as pa
+
+from inference_table.errors import QueryError
 
 if TYPE_CHECKING:
     import pandas as pd
     import polars as pl
 
 __all__ = ["QueryResult", "python_rows"]
+
+T = TypeVar("T")
+MISFITS: Final = (OverflowError, TypeError, ValueError, pa.ArrowException)
+"""What pyarrow and pandas raise for a value that they can't convert."""
 
 
 class QueryResult:
@@ -41,9 +47,12 @@ class QueryResult:
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
+            QueryError: it holds a value that pandas can't.
         """
         require("pandas")
-        frame: pd.DataFrame = self._table.to_pandas(maps_as_pydicts="lossy")
+        frame: pd.DataFrame = converted(
+            self._table, "pandas", lambda table: table.to_pandas(maps_as_pydicts="lossy")
+        )
         return frame
 
     def to_polars(self) -> "pl.DataFrame":
@@ -51,16 +60,17 @@ class QueryResult:
 
         Raises:
             ModuleNotFoundError: Polars is not installed.
+            QueryError: it holds a value that Polars can't.
         """
         require("polars")
-        import polars as pl
-
-        frame = pl.from_arrow(self._table)
-        assert isinstance(frame, pl.DataFrame)
-        return frame
+        return converted(self._table, "Polars", polars_frame)
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """As a list of dictionaries, one per row."""
+        """As a list of dictionaries, one per row.
+
+        Raises:
+            QueryError: it holds a value that Python can't, such as a time before the year 1.
+        """
         return python_rows(self._table)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -85,8 +95,48 @@ class QueryResult:
 
 def python_rows(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
     """Rows as dictionaries; maps too, of which the last value of a key counts."""
-    rows: list[dict[str, Any]] = table.to_pylist(maps_as_pydicts="lossy")
+    rows: list[dict[str, Any]] = converted(
+        table, "Python", lambda part: part.to_pylist(maps_as_pydicts="lossy")
+    )
     return rows
+
+
+def polars_frame(table: pa.Table) -> "pl.DataFrame":
+    import polars as pl
+
+    try:
+        frame = pl.from_arrow(table)
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(str(error)) from error
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def converted(table: Any, to: str, convert: Callable[[Any], T]) -> T:
+    """A table or batch as ``convert`` makes it, or an error that names the column that doesn't convert."""
+    try:
+        return convert(table)
+    except MISFITS as error:
+        name = next(
+            (
+                name
+                for index, name in enumerate(table.schema.names)
+                if misfits(table.select([index]), convert)
+            ),
+            "?",
+        )
+        raise QueryError(
+            f"cannot turn the column {name!r} into values of {to}: {' '.join(str(error).split())}; "
+            "cast it to varchar in the query"
+        ) from error
+
+
+def misfits(table: Any, convert: Callable[[Any], object]) -> bool:
+    try:
+        convert(table)
+    except MISFITS:
+        return True
+    return False
 
 
 def require(name: str) -> None:

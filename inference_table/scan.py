@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Final
+from urllib.parse import unquote
 
 import duckdb
 import pyarrow as pa
@@ -129,7 +130,7 @@ class Snapshot:
         )
         try:
             return pa.table(QueryBuilder().register("t", self.table).execute(sql))
-        except (DeltaError, OSError, ValueError) as error:
+        except (DeltaError, OSError, ValueError, pa.ArrowException) as error:
             raise TableError(
                 f"cannot read the table '{self.settings.absolute_uri}': {one_line(error)}; try again"
             ) from error
@@ -145,7 +146,7 @@ class Snapshot:
         empty = connection.from_arrow(self.schema.empty_table())
         types = dict(zip(empty.columns, map(str, empty.types), strict=True))
         if self.in_place:
-            yield files_sql(self.table.file_uris(), types, self._partitions)
+            yield files_sql(self._local_files(), types, self._partitions)
             return
         files = store_files(self)
         connection.register_filesystem(files)
@@ -154,6 +155,14 @@ class Snapshot:
         finally:
             # The connection and its file system hold each other: without this they outlive the interpreter.
             connection.unregister_filesystem(STORE.removesuffix("://"))
+
+    def _local_files(self) -> list[str]:
+        # delta-rs percent-encodes the table's folder, and leaves what is below it as it is on disk.
+        root = self.table.table_uri.removeprefix("file://")
+        folder = unquote(root)
+        return [
+            folder + uri.removeprefix(root) if uri.startswith(root) else uri for uri in self.table.file_uris()
+        ]
 
     @property
     def _partitions(self) -> list[str]:
@@ -206,7 +215,9 @@ def store_files(snapshot: Snapshot) -> Any:
     from deltalake.fs import DeltaStorageHandler
 
     actions = pa.table(snapshot.table.get_add_actions())
-    sizes = dict(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
+    # The log has them percent-encoded.
+    paths = map(unquote, actions["path"].to_pylist())
+    sizes = dict(zip(paths, actions["size_bytes"].to_pylist(), strict=True))
     options = dict(snapshot.settings.storage_options)
     handler = DeltaStorageHandler(snapshot.settings.absolute_uri, options, sizes)
     return store_class()(handler, sizes)

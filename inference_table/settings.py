@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, Self
+from urllib.parse import unquote
 
 from inference_table.errors import SettingsError
 
@@ -16,6 +17,7 @@ DATA_DIR: Final = Path("tracelake-data")
 MIB: Final = 1024 * 1024
 TRUE: Final = frozenset({"true", "1"})
 FALSE: Final = frozenset({"false", "0", ""})
+CONTROLS: Final = frozenset(map(chr, [*range(32), 127]))
 
 
 class Durability(StrEnum):
@@ -72,6 +74,21 @@ def parse_text(text: str) -> str:
     if not text.strip():
         raise ValueError("a text that is not empty")
     return text.strip()
+
+
+def misread(path: str) -> str | None:
+    """Why delta-rs would take a local path for another one, or for none; None where it doesn't."""
+    if unquote(path) != path:
+        return "delta-rs undoes its percent-encoding, and so looks elsewhere"
+    if "\\" in path:
+        return "delta-rs takes a backslash for a slash"
+    if not CONTROLS.isdisjoint(path):
+        return "delta-rs takes no control characters"
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "delta-rs takes UTF-8 only"
+    return None
 
 
 def setting(default: Any, parse: Callable[[str], Any], env: str) -> Any:
@@ -131,6 +148,14 @@ class StorageSettings:
     """How long a strict or committed reply is held before it fails."""
     storage_options: Mapping[str, str] = field(default_factory=dict)
     """Options of the object store, as delta-rs takes them; its environment variables work without."""
+
+    def __post_init__(self) -> None:
+        path = str(self.local_path) if self.is_local else ""
+        if why := misread(path):
+            raise SettingsError(
+                f"cannot use the table {path!r}: {why}; give the table another folder, with "
+                "INFERENCE_TABLE_URI or the argument uri"
+            )
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:

@@ -1,14 +1,15 @@
 """The read side of the inference table."""
 
 import json
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import duckdb
 import pyarrow as pa
+from deltalake.exceptions import DeltaError
 
 from inference_table.errors import QueryError, TableError
 from inference_table.pending import View, open_view
@@ -84,7 +85,9 @@ class InferenceTable:
     """An inference table to read: SQL, rows, MLflow traces, data frames.
 
     Every call sees the newest committed version. With ``pending=True`` it also sees what this machine has
-    spooled and not yet committed. Calls are independent of each other and may come from many threads.
+    spooled and not yet committed. Calls may come from many threads. Each has a DuckDB of its own (40 ms to
+    start): what its SQL makes or sets is gone with it. Each may also take what DuckDB takes by default: 80 %
+    of the memory, all processors.
 
     Args:
         uri: the Delta table: a path, or ``s3://``, ``az://``, ``gs://``. Default: ``INFERENCE_TABLE_URI``,
@@ -107,8 +110,6 @@ class InferenceTable:
         self._settings = StorageSettings.from_environ(
             uri=uri, storage_options=storage_options, spool_dir=spool_dir
         )
-        self._lock = threading.Lock()
-        self._shared: duckdb.DuckDBPyConnection | None = None
 
     @property
     def uri(self) -> str:
@@ -168,6 +169,11 @@ class InferenceTable:
         pages.
         """
         column = "trace_id" if request_id.startswith(TRACE_PREFIX) else "databricks_request_id"
+        try:
+            request_id.encode()
+        except UnicodeEncodeError:
+            # No row has it, and no engine takes it.
+            return None
         rows = self._view(pending).rows(column, [request_id])
         return InferenceRow(rows[0]) if rows else None
 
@@ -186,7 +192,8 @@ class InferenceTable:
         view = self._view(pending)
         # Two steps, so that a payload is read for the rows that are wanted, and no other.
         sql = (
-            f"select databricks_request_id from payload{where_sql(where)} order by request_time desc limit ?"
+            f"select databricks_request_id from payload where databricks_request_id is not null"
+            f"{where_sql(where, 'and')} order by request_time desc limit ?"
         )
         ids = self._run(view, sql, [limit])["databricks_request_id"].to_pylist()
         rows = {row["databricks_request_id"]: row for row in view.rows("databricks_request_id", ids)}
@@ -249,50 +256,40 @@ class InferenceTable:
             try:
                 relation = connection.sql(sql, params=parameters)
                 # Not its truth: that is its length, for which DuckDB runs the query once more.
-                return pa.table({}) if relation is None else with_integers(relation.to_arrow_table())
-            except (duckdb.InternalError, duckdb.FatalException) as error:
-                # A bug of DuckDB closes the whole database; the next query opens another.
-                with self._lock:
-                    self._shared = None
-                raise QueryError(f"cannot run the query: {one_line(error)}") from error
+                return pa.table({}) if relation is None else tidied(relation.to_arrow_table())
             except (duckdb.Error, pa.ArrowException) as error:
                 raise QueryError(f"cannot run the query: {one_line(error)}") from error
 
     @contextmanager
     def _attached(self, view: View) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection of its own in which ``payload`` is what ``view`` sees."""
-        with self._connection(view) as connection:
-            connection.register(PENDING, view.pending)
-            pending = f"select * from {PENDING}"
-            if view.snapshot is None:
-                self._name(connection, pending)
-                yield connection
-                return
-            with view.snapshot.source(connection) as committed:
-                both = f"{committed} union all by name {pending}"
-                self._name(connection, both if view.pending.num_rows else committed)
-                yield connection
+        """A database of its own in which ``payload`` is what ``view`` sees."""
+        with connect() as connection, ExitStack() as stack:
+            try:
+                snapshot = view.snapshot
+                committed = stack.enter_context(snapshot.source(connection)) if snapshot else None
+                self._name(connection, view, committed)
+            except (duckdb.Error, DeltaError, OSError) as error:
+                raise TableError(
+                    f"cannot read the table '{self.uri}': {one_line(error)}; try again, and see whether its "
+                    "files were vacuumed or damaged"
+                ) from error
+            yield connection
 
-    def _connection(self, view: View) -> duckdb.DuckDBPyConnection:
-        if view.snapshot is None or view.snapshot.in_place:
-            with self._lock:
-                # One database for all threads, so that they share its memory limit and its cache.
-                self._shared = self._shared or connect()
-                return self._shared.cursor()
-        # A file system belongs to a whole database, and a version's files to one query.
-        return connect()
-
-    def _name(self, connection: duckdb.DuckDBPyConnection, sql: str) -> None:
-        connection.execute(f"create or replace temp view {TABLE_NAME} as {sql}")
+    def _name(self, connection: duckdb.DuckDBPyConnection, view: View, committed: str | None) -> None:
+        connection.register(PENDING, view.pending)
+        sources = [committed] if committed else []
+        if view.pending.num_rows or not sources:
+            sources.append(f"select * from {PENDING}")
+        connection.execute(f"create temp view {TABLE_NAME} as {' union all by name '.join(sources)}")
         folder = self.uri.rpartition("/")[2]
         if folder.lower() not in ("", TABLE_NAME, PENDING):
-            connection.execute(f"create or replace temp view {quoted(folder)} as select * from {TABLE_NAME}")
+            connection.execute(f"create temp view {quoted(folder)} as select * from {TABLE_NAME}")
 
 
 def connect() -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect(config=DUCKDB_CONFIG)
     connection.execute("set global TimeZone = 'UTC'")
-    # Data files never change, so what was read of their footers stays true.
+    # A footer is read when a view is made, when it is bound, and when it runs. Data files never change.
     connection.execute("set global parquet_metadata_cache = true")
     return connection
 
@@ -300,6 +297,23 @@ def connect() -> duckdb.DuckDBPyConnection:
 def where_sql(condition: str | None, word: str = "where") -> str:
     # The line break ends a comment in the condition before it swallows the bracket.
     return "" if condition is None else f" {word} ({condition}\n)"
+
+
+def tidied(table: pa.Table) -> pa.Table:
+    """A result of DuckDB as people compute with it."""
+    return with_integers(table.rename_columns(distinct(table.column_names)))
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names of columns with a number after each that was there before: ``a``, ``a_1``."""
+    given, found = set(names), dict[str, None]()
+    repeats: dict[str, Iterator[int]] = {}
+    for name in names:
+        unique = name
+        while unique in found or (unique != name and unique in given):
+            unique = f"{name}_{next(repeats.setdefault(name, count(1)))}"
+        found[unique] = None
+    return list(found)
 
 
 def with_integers(table: pa.Table) -> pa.Table:

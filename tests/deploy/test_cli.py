@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -222,6 +223,8 @@ def test_a_request_without_a_trace_is_drawn_all_the_same(table: str) -> None:
             "'/nowhere/at/all': there is no Delta table",
             1,
         ),
+        (["query", "select 1", "--table", "per%20cent/payload"], "percent-encoding", 1),
+        (["trace", "\udcff"], "cannot find the request", 1),
         (["trace", "tr-unknown"], "cannot find the request 'tr-unknown'", 1),
         (["trace", "last", "--where", "false"], "cannot find the request that meets the condition", 1),
         (["serve", "no_such_module:app"], "no_such_module", 1),
@@ -262,12 +265,11 @@ def test_a_closed_pipe_is_no_error(table: str, arguments: list[str]) -> None:
         assert process.stderr.read() == b""
 
 
-def test_on_a_terminal_a_query_is_a_table(table: str) -> None:
-    """With a terminal for output the default is the table, in the terminal's width."""
+def on_terminal(*arguments: str) -> tuple[int, str]:
+    """Exit code and output of a run that has a terminal for both."""
     leader, follower = pty.openpty()
-    sql = "select status_code, count(*) as n from payload group by all order by all"
     process = subprocess.Popen(
-        [sys.executable, "-m", "deploy.cli", "query", sql, "--table", table],
+        [sys.executable, "-m", "deploy.cli", *arguments],
         stdin=follower,
         stdout=follower,
         stderr=follower,
@@ -283,11 +285,131 @@ def test_on_a_terminal_a_query_is_a_table(table: str) -> None:
         pass
     finally:
         os.close(leader)
-    assert process.wait() == 0
-    text = shown.decode()
+    return process.wait(), shown.decode()
+
+
+def test_on_a_terminal_a_query_is_a_table(table: str) -> None:
+    """With a terminal for output the default is the table, in the terminal's width."""
+    sql = "select status_code, count(*) as n from payload group by all order by all"
+    code, text = on_terminal("query", sql, "--table", table)
+    assert code == 0
     assert "status_code     n" in text
     assert "        200  2498" in text
     assert "2 rows in" in text
+
+
+HOSTILE_PIVOT = "pivot (select chr(27) || ']0;owned' || chr(155) || '2J' as a, 1 as n) on a using sum(n)"
+
+
+@pytest.mark.parametrize("style", ["table", "json", "csv", "markdown"])
+def test_no_value_or_heading_steers_the_terminal(table: str, style: str) -> None:
+    """On a terminal control characters are replaced, in JSON escaped; a line break of CSV stays."""
+    sql = (
+        "select chr(27) || ']0;owned' || chr(7) || chr(155) || '2J' || chr(127) || chr(13) as a, 'x\ny' as b"
+    )
+    for one in (sql, HOSTILE_PIVOT):
+        code, text = on_terminal("query", one, "--table", table, "--format", style)
+        assert code == 0
+        # The status line that comes and goes before is rich's own.
+        shown = text[text.rindex("\x1b[2K") + 4 :] if "\x1b[2K" in text else text
+        assert "]0;owned" in shown
+        assert not re.search(r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f]", shown), repr(shown)
+        if style == "json":
+            assert "\\u009b2J" in shown
+        else:
+            assert "�2J" in shown
+    if style == "csv":
+        assert '"x\r\ny"' in on_terminal("query", sql, "--table", table, "--format", style)[1]
+
+
+def test_a_pipe_gets_what_the_values_are(table: str) -> None:
+    """Without a terminal nothing is replaced: what a program reads is the data."""
+    sql = "select chr(27) || '[31mred' || chr(155) || chr(127) as a"
+    expected = "\x1b[31mred\x9b\x7f"
+    assert json.loads(output("query", sql, "--table", table)) == {"a": expected}
+    for style in ("csv", "markdown"):
+        assert expected in output("query", sql, "--table", table, "--format", style)
+
+
+def test_an_error_does_not_steer_the_terminal(table: str) -> None:
+    """DuckDB quotes the value that it failed on."""
+    done = run("query", "select (chr(27) || ']0;owned' || chr(155) || chr(7))::int", "--table", table)
+    assert done.returncode == 1
+    assert "�]0;owned��" in done.stderr
+    assert done.stderr.rstrip("\n").isprintable()
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One row that a stranger and an agent filled with escape sequences and half of a character."""
+    uri = str(tmp_path_factory.mktemp("hostile") / "payload")
+    row = batch(IDS[:1]).to_pylist()[0]
+    (main,) = record(rude)
+    value = main.to_dict()
+    value["data"]["spans"][0]["name"] = "\x1b]0;owned\x07\ud800"
+    row["response"] = json.dumps({"answer": 1, "databricks_output": {"trace": value}})
+    row["trace_id"] = main.info.trace_id
+    row["requester"] = row["client_request_id"] = row["served_entity_id"] = "\x1b[2J\x9b2J"
+    row["request_metadata"] = [("method", "GET\x1b[2J"), ("path", "/\x1b]0;owned\x07")]
+    rows_of_it = pa.Table.from_pylist([row], schema=SCHEMA)
+    write_deltalake(uri, rows_of_it, partition_by=[PARTITION_COLUMN])
+    return uri
+
+
+@pytest.mark.parametrize("full", [[], ["--full"]])
+def test_a_trace_of_a_stranger_is_drawn_and_not_obeyed(hostile: str, full: list[str]) -> None:
+    """Every field of the row and every name in the trace leaves without its control characters."""
+    text = output("trace", "last", "--table", hostile, *full)
+    assert all(line.isprintable() for line in text.splitlines())
+    assert "GET�[2J /�]0;owned" in text
+    assert "● �]0;owned�" in text
+    assert text.count("�[2J�2J") == 3
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "'infinity'::timestamp",
+        "date '99999-01-01'",
+        "map {[1]: 2}",
+        "map {1.5::decimal(3, 1): 2}",
+    ],
+)
+@pytest.mark.parametrize("style", ["json", "csv", "table"])
+def test_a_value_that_cannot_be_written_is_one_line(table: str, value: str, style: str) -> None:
+    """The error says to cast the column; cast, it is written."""
+    place = ("--table", table, "--format", style)
+    done = run("query", f"select {value} as odd", *place)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "cast" in done.stderr and "varchar" in done.stderr
+    assert "odd" in output("query", f"select ({value})::varchar as odd", *place)
+
+
+def test_columns_with_equal_names_are_all_written(table: str) -> None:
+    """In every format the second has a name of its own."""
+    place = ("--table", table, "--format")
+    sql = "select 1 as a, 2 as a"
+    assert json.loads(output("query", sql, *place, "json")) == {"a": 1, "a_1": 2}
+    assert output("query", sql, *place, "csv").split() == ["a,a_1", "1,2"]
+    assert output("query", sql, *place, "markdown").splitlines()[0] == "| a | a_1 |"
+    assert output("query", sql, *place, "table").split()[:2] == ["a", "a_1"]
+
+
+def test_thousands_of_columns_are_written(table: str) -> None:
+    """With equal names too, in every format, whole."""
+    sql = f"select {', '.join(f'{number} as c' for number in range(3000))}"
+    for style in ("json", "csv", "markdown", "table"):
+        assert "c_2999" in output("query", sql, "--table", table, "--format", style)
+
+
+@pytest.mark.parametrize("style", ["json", "csv", "markdown", "table"])
+def test_head_ends_a_query_quietly(table: str, style: str) -> None:
+    """``tracelake query ... | head -1`` gets its line, and no error is said."""
+    query = f"{sys.executable} -m deploy.cli query 'from payload' --table {table} --format {style}"
+    command = f"{query} | head -1 | wc -l"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.strip() == "1"
+    assert done.stderr == "" or re.fullmatch(r"2,500 rows in [\d.]+ s\n", done.stderr)
 
 
 APP = """

@@ -1,5 +1,6 @@
 """Drawing a request and its trace for a terminal, from traces that MLflow's instrumentation made."""
 
+import json
 import re
 from datetime import UTC, datetime
 from typing import Any
@@ -91,6 +92,74 @@ def test_a_payload_cannot_steer_the_terminal() -> None:
     assert "�[2Jcleared" in text and "[bold]markup[/bold] :smile:" in text
 
 
+HOSTILE = "\x1b[31m\x1b]0;owned\x07\r\n\x9b2J\x7f\ud800\u202e"
+
+
+def rename(value: Any, **texts: Any) -> Any:
+    """A trace whose spans are called, typed and failed with other words."""
+    changed = json.loads(json.dumps(value))
+    for span in changed["data"]["spans"]:
+        span["name"] = texts.get("name", span["name"])
+        span["attributes"] |= {key: json.dumps(text) for key, text in texts.items() if key != "name"}
+    return changed
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_no_text_of_a_stranger_steers_the_terminal(full: bool) -> None:
+    """Names and types of spans, method, path, requester, ids: all are shown, none is obeyed or too wide."""
+    value = rename(
+        record(lambda: failing(QUESTION))[0].to_dict(), name=HOSTILE, **{"mlflow.spanType": HOSTILE}
+    )
+    value["info"]["trace_id"] += HOSTILE
+    row = {
+        **ROW,
+        **dict.fromkeys(
+            ("databricks_request_id", "served_entity_id", "requester", "client_request_id"), HOSTILE
+        ),
+        "request_metadata": {"method": HOSTILE, "path": HOSTILE},
+        "request": HOSTILE,
+        "response": json.dumps({"messages": [{"role": HOSTILE, "content": HOSTILE}]}),
+        "logging_error_codes": [HOSTILE],
+    }
+    tree = list(render_trace(Trace.from_dict(value), 80, full=full))
+    for line in [*tree, *render_request(row, 80, full=full)]:
+        assert line.plain.replace("\t", "").isprintable()
+        line.plain.encode()
+    spans = [line for line in tree if "●" in line.plain or "✗" in line.plain]
+    assert len(spans) == 3
+    assert all(cell_len(line.plain) <= 80 for line in spans)
+    assert spans[1].spans != []
+
+
+ODD_SPANS: list[dict[str, Any]] = [
+    {"mlflow.chat.tokenUsage": {"input_tokens": "many", "output_tokens": "34"}},
+    {"mlflow.chat.tokenUsage": {"input_tokens": [1], "output_tokens": None}},
+    {"mlflow.chat.tokenUsage": ["odd"]},
+    {"mlflow.spanType": ["AGENT"]},
+    {"mlflow.spanType": {"a": 1}},
+    {"mlflow.spanType": "RETRIEVER", "mlflow.spanOutputs": [{"page_content": None, "metadata": ["a", 1]}]},
+    {"mlflow.spanType": "RETRIEVER", "mlflow.spanOutputs": [{"page_content": 3, "metadata": "m", "id": 4}]},
+    {"mlflow.spanInputs": {"messages": [{"role": 1, "content": None, "tool_calls": [{"function": "f"}]}]}},
+    {"mlflow.spanInputs": {"messages": [{"role": 1, "content": [], "tool_calls": [{"function": ["f"]}]}]}},
+    {"mlflow.spanOutputs": {"choices": [{"message": {"tool_calls": [{"function": None}, {}]}}]}},
+    {"mlflow.spanOutputs": {"choices": [{"message": "m"}]}},
+    {"mlflow.spanInputs": json.loads("[" * 900 + "]" * 900)},
+]
+
+
+@pytest.mark.parametrize("attributes", ODD_SPANS)
+@pytest.mark.parametrize("full", [False, True])
+def test_spans_of_every_shape_are_drawn(attributes: dict[str, Any], full: bool) -> None:
+    """Whatever an agent put where MLflow has a convention, the tree is there."""
+    value = rename(record(lambda: support(QUESTION))[0].to_dict(), **attributes)
+    lines = drawn(Trace.from_dict(value), full=full)
+    assert [name for name in ("support", "search", "gpt") if any(name in line for line in lines)] == [
+        "support",
+        "search",
+        "gpt",
+    ]
+
+
 def deep(levels: int) -> None:
     with mlflow.start_span(f"level-{levels}"):
         if levels:
@@ -176,6 +245,8 @@ def test_the_header_says_what_the_row_knows() -> None:
         ("[1]", "[1]"),
         (f'{{"choices": [{{"message": {{"content": null, "tool_calls": {CALLS}}}}}]}}', "calls f({})"),
         ('{"choices": []}', '{"choices": []}'),
+        ('{"choices": [{"message": {"tool_calls": [{"function": "f"}, {"id": 1}]}}]}', "calls f, a function"),
+        ('{"choices": [{"message": {"content": "", "tool_calls": [3]}}]}', '""'),
         ('{"messages": ["odd"]}', '{"messages": ["odd"]}'),
     ],
 )

@@ -81,6 +81,12 @@ def test_concatenated_members_are_one_body(name: str, encode: Callable[[bytes], 
     assert decode_body(encode(b"one ") + encode(b"") + encode(b"two"), name, BIG) == (b"one two", True)
 
 
+@pytest.mark.parametrize("rest", [b"\n", b"garbage", b"\x1f", b"\0\0\0garbage"])
+def test_bytes_after_the_last_gzip_member_are_passed_over(rest: bytes) -> None:
+    """What came before them was complete, checksum and all."""
+    assert decode_body(gzip.compress(b"text") + rest, "gzip", BIG) == (b"text", True)
+
+
 def test_encodings_are_undone_in_reverse_order() -> None:
     """The header lists them as they were applied; names are case-insensitive, identity means nothing."""
     encoded = fast_brotli(gzip.compress(zlib.compress(b"text")))

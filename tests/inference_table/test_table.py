@@ -31,7 +31,7 @@ from inference_table.errors import (
 from inference_table.ids import uuid7
 from inference_table.schema import PARTITION_COLUMN, SCHEMA
 from inference_table.settings import StorageSettings
-from inference_table.spool import Spool, folders, spool_root
+from inference_table.spool import Spool, folders, retry_quarantined, spool_root
 from inference_table.table import InferenceTable
 from tests.deploy.agents import QUESTION, record, rude, support
 from tests.inference_table.rows import batch, commit_all, storage
@@ -185,6 +185,18 @@ def test_a_row_is_found_by_request_id_and_by_trace_id(filled: Path) -> None:
     assert row["request_metadata"] == {"path": "/ask"}
     for absent in (uuid7(), "tr-none", "", "it's", "' or true --"):
         assert table.get(absent) is None
+
+
+def test_a_row_without_an_id_does_no_harm(tmp_path: Path) -> None:
+    """A row of another writer that has no id is counted, and left out of the newest."""
+    write(
+        tmp_path / "payload",
+        [make_row(1, START), make_row(2, START + timedelta(hours=1), databricks_request_id=None)],
+    )
+    table = InferenceTable(tmp_path / "payload")
+    assert table.count() == 2
+    assert [row["input_tokens"] for row in table.newest(2)] == [1]
+    assert [row["input_tokens"] for row in table.newest(2, where="status_code = 200 or true")] == [1]
 
 
 def test_newest_rows_come_first_and_meet_the_condition(filled: Path) -> None:
@@ -348,6 +360,68 @@ def test_statements_before_the_last_take_effect(filled: Path) -> None:
         table.query("select * from scratch")
 
 
+def test_a_query_leaves_nothing_to_the_next(filled: Path) -> None:
+    """Tables, settings and attached databases of one query are unknown to the others."""
+    table = InferenceTable(filled)
+    for _ in range(2):
+        assert table.query("create table mine as select 1 as one; from mine").to_dicts() == [{"one": 1}]
+    table.query("attach ':memory:' as other; create view payload_2 as select 1")
+    table.query("set global memory_limit = '1MB'; set global TimeZone = 'Asia/Tokyo'")
+    rows = table.query("select request_time::text as at from payload where input_tokens = 0").to_dicts()
+    assert rows == [{"at": "2025-03-01 12:00:00+00"}]
+    for name in ("mine", "other.mine", "payload_2"):
+        with pytest.raises(QueryError, match=re.escape(name.rpartition(".")[2])):
+            table.query(f"from {name}")
+
+
+@pytest.mark.parametrize(
+    ("sql", "columns"),
+    [
+        ("select 1 as a, 2 as a, 3 as a", ["a", "a_1", "a_2"]),
+        ("select 1 as a, 2 as a_1, 3 as a", ["a", "a_1", "a_2"]),
+        ("select 1 as a, 2 as a, 3 as a_1", ["a", "a_2", "a_1"]),
+    ],
+)
+def test_columns_with_equal_names_are_all_there(filled: Path, sql: str, columns: list[str]) -> None:
+    """The second gets a number, in every form of the result."""
+    result = InferenceTable(filled).query(sql)
+    assert result.columns == columns
+    assert result.to_dicts() == [{columns[0]: 1, columns[1]: 2, columns[2]: 3}]
+    assert list(result.to_pandas().columns) == result.to_polars().columns == columns
+
+
+def test_a_join_of_the_table_with_itself_keeps_both_sides(filled: Path) -> None:
+    """Each side's columns have values of their own."""
+    sql = "from payload p join payload q on q.input_tokens = p.input_tokens + 1 where p.input_tokens = 1"
+    (row,) = InferenceTable(filled).query(sql)
+    assert (len(row), row["input_tokens"], row["input_tokens_1"]) == (2 * len(SCHEMA), 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "forms"),
+    [
+        ("'infinity'::timestamp", ["to_dicts"]),
+        ("['infinity'::timestamptz]", ["to_dicts"]),
+        ("date '99999-01-01'", ["to_dicts", "to_pandas"]),
+        ("map {[1]: 2}", ["to_dicts", "to_pandas"]),
+        ("interval 1 day", ["to_polars"]),
+        ("union_value(k := 1)", ["to_pandas", "to_polars"]),
+    ],
+)
+def test_a_value_that_does_not_fit_names_its_column(filled: Path, value: str, forms: list[str]) -> None:
+    """What Python, pandas or Polars can't hold says which column to cast; as text it comes through."""
+    table = InferenceTable(filled)
+    result = table.query(f"select 1 as fine, {value} as odd")
+    for form in forms:
+        with pytest.raises(QueryError, match=r"column 'odd'.*cast it to varchar") as caught:
+            getattr(result, form)()
+        assert "\n" not in str(caught.value)
+        assert len(getattr(table.query(f"select ({value})::varchar as odd"), form)()) == 1
+    if "to_dicts" in forms:
+        with pytest.raises(QueryError, match="'odd'"):
+            list(result)
+
+
 def test_no_table_is_an_error_that_names_it(tmp_path: Path) -> None:
     """A missing path, a folder that is no table, an unknown scheme: the URI and what to do."""
     (tmp_path / "folder").mkdir()
@@ -442,6 +516,103 @@ def test_a_folder_with_wildcards_in_its_name_is_one_folder(filled: Path, tmp_pat
     answers = table.query("select response->>'$.number' as n from payload order by request_time desc limit 2")
     assert answers.to_dicts() == [{"n": "2399"}, {"n": "2398"}]
     assert table.newest(1)[0]["input_tokens"] == 2399
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b",
+        "100%",
+        "per%zz",
+        "ünï 🎉",
+        'dq"x',
+        "quo'te",
+        "hash#x",
+        "{a,b}",
+        "a+b",
+        "q?x y",
+        "br[a] b",
+        "semi;x",
+    ],
+)
+def test_a_folder_of_any_name_is_written_and_read(tmp_path: Path, name: str) -> None:
+    """Blanks, percent signs, quotes and letters beyond ASCII in a path: rows go in and come out."""
+    settings = storage(tmp_path / name)
+    open_or_create_table(settings)
+    spool = Spool(settings)
+    id_ = uuid7()
+    spool.append(batch([id_]), sync=False)
+    commit_all(Committer(settings))
+    spool.close()
+    table = InferenceTable(settings.uri)
+    assert table.query("select databricks_request_id as id, request_date as d from payload").to_dicts() == [
+        {"id": id_, "d": DAYS[0]}
+    ]
+    assert table.get(id_) == table.newest(1)[0]
+    shutil.copytree(settings.uri, tmp_path / name / name)
+    assert InferenceTable(tmp_path / name / name).count("request_date = '2025-03-01'") == 1
+
+
+@pytest.mark.parametrize("folder", ["plain", "a b", "pay[1]oad x"])
+def test_partitions_of_any_value_are_read(tmp_path: Path, folder: str) -> None:
+    """The folder of a partition is percent-encoded on disk, whatever the folder of the table is called."""
+    values = ["x", "y z", "100%", "a/b", "ü", "p%20q", None]
+    schema = SCHEMA.append(pa.field("team", pa.string()))
+    rows = [make_row(number, START, team=team) for number, team in enumerate(values)]
+    data = pa.Table.from_pylist(rows, schema=schema)
+    write_deltalake(tmp_path / "written", data, partition_by=[PARTITION_COLUMN, "team"])
+    (tmp_path / "written").rename(tmp_path / folder)
+    table = InferenceTable(tmp_path / folder)
+    assert [row["team"] for row in table.query("select team from payload order by input_tokens")] == values
+
+
+@pytest.mark.parametrize(
+    "name", ["per%20cent", "plus%2Bx", "a%C3%BC", "back\\slash", "new\nline", "del\x7f", "\udc80"]
+)
+def test_a_path_that_delta_rs_mistakes_for_another_is_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before anything is written, by name and with what to do; a store's URI may have it."""
+    path = str(tmp_path / name / "payload")
+    for given in (path, f"file://{path}"):
+        with pytest.raises(SettingsError, match="give the table another folder") as caught:
+            StorageSettings(uri=given)
+        assert repr(path)[1:-1] in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(SettingsError):
+        InferenceTable(path)
+    assert list(tmp_path.iterdir()) == []
+    if name.isprintable():
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        with pytest.raises(SettingsError):
+            StorageSettings.from_environ({})
+    assert StorageSettings(uri="s3://bucket/per%20cent").uri == "s3://bucket/per%20cent"
+
+
+@pytest.mark.parametrize("name", ["payload", "pay[1]oad"])
+@pytest.mark.parametrize("harm", ["deleted", "overwritten", "cut"])
+def test_a_missing_or_damaged_file_is_a_clear_error(
+    filled: Path, tmp_path: Path, name: str, harm: str
+) -> None:
+    """Whatever reads a file that was vacuumed or damaged says so in one line of our own."""
+    uri = Path(shutil.copytree(filled, tmp_path / name))
+    for path in list(uri.rglob("*.parquet")):
+        if harm == "deleted":
+            path.unlink()
+        else:
+            path.write_bytes(b"x" * 10_000 if harm == "overwritten" else path.read_bytes()[:100])
+    table = InferenceTable(uri)
+    reads: list[Callable[[], object]] = [
+        table.count,
+        table.newest,
+        table.traces,
+        table.to_arrow,
+        lambda: table.get(id_at(START + timedelta(seconds=3), 3)),
+    ]
+    for read in reads:
+        with pytest.raises((TableError, QueryError)) as caught:
+            read()
+        assert "\n" not in str(caught.value)
 
 
 def rewrite_log(uri: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -653,6 +824,35 @@ def test_a_damaged_segment_is_passed_over(spooled: tuple[StorageSettings, Spool,
     spool.append(batch([uuid7()]), sync=False)
     folders(spool_root(settings))[0].segments()[0].path.write_bytes(b"not a segment")
     assert table.count(pending=True) == 1
+
+
+def test_a_segment_that_was_set_aside_and_retried_is_seen_once(
+    spooled: tuple[StorageSettings, Spool, InferenceTable],
+) -> None:
+    """Under its new spool id it is pending once, and the table's once it is committed."""
+    settings, spool, table = spooled
+    open_or_create_table(settings)
+    committer = Committer(settings)
+    ids = [uuid7() for _ in range(3)]
+    spool.append(batch(ids[:1]), sync=False)
+    spool.append(batch(ids[1:]), sync=False)
+    root = spool_root(settings)
+    second = folders(root)[0].segments()[1].path
+    content = second.read_bytes()
+    second.write_bytes(b"not a segment")
+    commit_all(committer)
+    (aside,) = root.joinpath("quarantine").iterdir()
+    assert table.count(pending=True) == 1
+    aside.write_bytes(content)
+    assert table.count(pending=True) == 1
+    assert retry_quarantined(root) == 1
+    sql = "select databricks_request_id as id from payload order by id"
+    for pending in (2, 0):
+        result = table.query(sql, pending=True)
+        assert [row["id"] for row in result] == sorted(ids)
+        assert result.pending_rows == pending
+        commit_all(committer)
+    assert table.count() == 3
 
 
 def test_a_spool_of_another_user_is_a_clear_error(
