@@ -186,8 +186,9 @@ class Committer:
         rows = [rows for run in runs for rows in run.tables]
         check_writable(self.settings, table)
         table = ensure_columns(self.settings, table, union_schema(rows))
+        before = table.version()  # write_deltalake moves the table that it is given
         self._append(table, runs)
-        version = self._settle(table, runs)
+        version = self._settle(table, before, runs)
         remove_dead(found, self._on_step)
         return CommitResult(
             version=version,
@@ -335,11 +336,11 @@ class Committer:
             post_commithook_properties=NO_HOOKS,
         )
 
-    def _settle(self, before: DeltaTable, runs: list[Run]) -> int:
+    def _settle(self, before: DeltaTable, version: int, runs: list[Run]) -> int:
         """Make the commit durable, look at it, and delete what it holds; returns the table's version."""
         table = open_table(self.settings)
         if self.settings.is_local:
-            sync_log(self.settings.local_path, before.version() + 1, table.version())
+            sync_log(self.settings.local_path, version + 1, table.version())
             self._on_step(Step.COMMIT_SYNCED)
         if table_id(table) != table_id(before):
             raise TableReplacedError(
@@ -359,7 +360,7 @@ class Committer:
             metrics.COMMITTED.inc(sum(rows.num_rows for rows in run.tables))
             metrics.COMMITTED_BYTES.inc(run.bytes)
         self._attempt.forget()
-        checkpoint(self.settings, table, before.version())
+        checkpoint(self.settings, table, version)
         return table.version()
 
 

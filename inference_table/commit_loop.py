@@ -64,6 +64,7 @@ class CommitLoop:
                     self._maintain(maintenance)
             self._commit_last(committer)
         finally:
+            maintenance.close()
             committer.release()
 
     def _pause(self, failures: int) -> float:

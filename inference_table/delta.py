@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,7 +10,9 @@ import pyarrow as pa
 from deltalake import DeltaTable, Field, Schema
 from deltalake import PostCommitHookProperties as Hooks
 from deltalake.exceptions import TableNotFoundError as DeltaNotFoundError
+from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction
+from pyarrow.fs import FileSystem, LocalFileSystem, PyFileSystem, SubTreeFileSystem
 
 from inference_table.disk import make_data_dirs, sync_dir, sync_file
 from inference_table.errors import TableError, TableNotFoundError, TableSchemaError, TracelakeError
@@ -26,6 +28,7 @@ __all__ = [
     "open_table",
     "sync_data_files",
     "sync_log",
+    "table_files",
     "table_id",
     "transaction_version",
     "union_schema",
@@ -118,6 +121,18 @@ def create_table(settings: StorageSettings) -> DeltaTable:
 
 def table_uri(settings: StorageSettings) -> str:
     return settings.absolute_uri
+
+
+def table_files(settings: StorageSettings, table: DeltaTable, sizes: Mapping[str, int]) -> FileSystem:
+    """The files of the table by their paths in its log; ``sizes`` in bytes of those to be read.
+
+    Not for a server's process where the table is on an object store: to open a file holds the GIL for a round
+    trip.
+    """
+    if settings.is_local:
+        return SubTreeFileSystem(str(settings.local_path), LocalFileSystem())
+    handler = DeltaStorageHandler.from_table(table._table, dict(settings.storage_options), dict(sizes))
+    return PyFileSystem(handler)
 
 
 def table_id(table: DeltaTable) -> str:
@@ -244,7 +259,7 @@ def sync_log(root: Path, first: int, last: int) -> None:
 
 
 def checkpoint(settings: StorageSettings, table: DeltaTable, before: int) -> None:
-    """Write a checkpoint if one is due between the version ``before`` and the table's."""
+    """Write a checkpoint if one is due between the version ``before`` a commit and the table's."""
     interval = int(table.metadata().configuration.get("delta.checkpointInterval") or 20)
     if table.version() // interval == before // interval:
         return

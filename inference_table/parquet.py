@@ -2,8 +2,9 @@
 
 On local disk pyarrow writes them, since delta-rs copies the whole batch of a partitioned write in memory
 several times. On an object store delta-rs does: its file system for pyarrow holds the GIL while it opens a
-file, so that the user's endpoint would wait for the network. What a data file holds is every column of the
-table but the partition's; a column that the rows lack is null.
+file, so that the user's endpoint would wait for the network. Only compaction, which has a process of its own
+there, writes them with pyarrow everywhere. What a data file holds is every column of the table but the
+partition's; a column that the rows lack is null.
 """
 
 import json
@@ -23,7 +24,17 @@ from deltalake.transaction import AddAction
 from inference_table.ids import uuid7
 from inference_table.schema import PARTITION_COLUMN, PAYLOAD_COLUMNS, SKIPPING_COLUMNS
 
-__all__ = ["DataFile", "align", "data_columns", "plan_files", "row_groups", "write_file", "writer_properties"]
+__all__ = [
+    "DataFile",
+    "align",
+    "data_columns",
+    "file_path",
+    "plan_files",
+    "row_groups",
+    "write_file",
+    "write_rows",
+    "writer_properties",
+]
 
 ROW_GROUP_BYTES: Final = 32 * 1024 * 1024
 """Uncompressed bytes of a row group: the least a reader holds, and the most a writer does."""
@@ -131,9 +142,8 @@ def write_file(
     groups: Iterable[pa.Table],
     *,
     compression_level: int,
-    data_change: bool = True,
 ) -> AddAction:
-    """Write one data file, and say what the log needs to know about it.
+    """Write one data file of new rows, and say what the log needs to know about it.
 
     Args:
         root: the table's folder.
@@ -141,24 +151,35 @@ def write_file(
         day: its partition.
         groups: its row groups, with the columns of :func:`data_columns`; not empty.
         compression_level: of zstd.
-        data_change: whether the rows are new to the table.
     """
-    stats = Stats()
     target = root / path
     target.parent.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(target), "wb") as sink:
-        writer: pq.ParquetWriter | None = None
-        for group in groups:
-            stats.add(group)
-            if writer is None:
-                writer = parquet_writer(sink, group, compression_level)
-            writer.write_table(group, row_group_size=max(1, group.num_rows))
-        if writer is not None:
-            writer.close()
-        size = sink.tell()
+        return write_rows(sink, path, day, groups, compression_level=compression_level, data_change=True)
+
+
+def write_rows(
+    sink: pa.NativeFile,
+    path: str,
+    day: date | None,
+    groups: Iterable[pa.Table],
+    *,
+    compression_level: int,
+    data_change: bool,
+) -> AddAction:
+    """The same into a file that is open; ``data_change`` says whether the rows are new to the table."""
+    stats = Stats()
+    writer: pq.ParquetWriter | None = None
+    for group in groups:
+        stats.add(group)
+        if writer is None:
+            writer = parquet_writer(sink, group, compression_level)
+        writer.write_table(group, row_group_size=max(1, group.num_rows))
+    if writer is not None:
+        writer.close()
     return AddAction(
         path=path,
-        size=size,
+        size=sink.tell(),
         partition_values={PARTITION_COLUMN: None if day is None else day.isoformat()},
         modification_time=int(time.time() * 1000),
         data_change=data_change,

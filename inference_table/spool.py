@@ -30,6 +30,7 @@ What holds:
 """
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -76,6 +77,8 @@ __all__ = [
     "spool_stats",
 ]
 
+logger: Final = logging.getLogger("tracelake")
+
 MIN_FREE_FRACTION: Final = 0.05
 """Part of the disk that is left to others: a full disk stops more than us."""
 RECOUNT_SECONDS: Final = 0.5
@@ -111,6 +114,8 @@ class Spool:
     def check(self) -> None:
         """Check at start-up that the spool can be written to.
 
+        A full one is only warned of: what starts may be what commits the backlog, and makes room.
+
         Raises:
             SpoolError: it can't; names the folder and the remedy.
         """
@@ -126,7 +131,10 @@ class Spool:
             ) from error
         if kind := network_file_system(self.root):
             raise SpoolError(f"cannot spool to {self.root}: {kind} is a network file system; {remedy}")
-        self._check_room(0)
+        try:
+            self._check_room(0)
+        except SpoolFullError as error:
+            logger.warning("%s; new records are dropped until there is room", error)
 
     def append(self, batch: pa.RecordBatch, *, sync: bool) -> int:
         """Write records as one segment and return its sequence.

@@ -96,7 +96,12 @@ class RowEncoder:
         return row
 
     def _traces(self, exchange: Exchange, codes: list[str]) -> list[EncodedTrace]:
-        snapshots: Sequence[TraceSnapshot] = exchange.traces.seal()
+        snapshots: Sequence[TraceSnapshot] | None = None
+        with ENCODE_TRACE:
+            snapshots = exchange.traces.seal()
+        if snapshots is None:
+            codes.append(ErrorCode.TRACE_ENCODING_FAILED)
+            return []
         if exchange.traces_dropped:
             self._too_large(codes)
             return []

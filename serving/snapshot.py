@@ -20,7 +20,17 @@ import orjson
 from mlflow.tracing.attachments import Attachment
 from mlflow.tracing.utils import TraceJSONEncoder
 
-__all__ = ["JsonText", "Snapshot", "compact_text", "head_text", "mlflow_text", "snapshot", "thaw"]
+__all__ = [
+    "JsonText",
+    "Snapshot",
+    "compact_text",
+    "head_text",
+    "mlflow_text",
+    "readable_json",
+    "snapshot",
+    "thaw",
+    "well_formed",
+]
 
 Snapshot = Any
 
@@ -29,6 +39,7 @@ NODE_BYTES: Final = 64
 MAX_DEPTH: Final = 200
 """Levels copied by structure. Deeper values are kept as text: orjson gives up at 254 levels."""
 UNCOUNTED: Final = frozenset({int, bool, type(None)})
+NUMBERS: Final = UNCOUNTED | {float}
 
 
 class JsonText:
@@ -41,7 +52,7 @@ class JsonText:
 
 
 class TooDeepError(Exception):
-    """A value has more levels than are copied by structure; it may be circular."""
+    """A value has more levels than are copied by structure, or is circular."""
 
 
 class Encoder(TraceJSONEncoder):
@@ -96,17 +107,15 @@ def unrecordable(value: Any, error: Exception) -> str:
 class Copier:
     """Copies one value by structure."""
 
-    __slots__ = ("nbytes",)
+    __slots__ = ("nbytes", "path")
 
     def __init__(self) -> None:
         self.nbytes = 0
+        self.path: set[int] = set()
+        """The containers that are being copied. One that contains itself would be copied once per level."""
 
     def copy(self, value: Any, depth: int) -> Snapshot:
         kind = type(value)
-        if kind is dict:
-            return self._copy_items(list(value.items()), depth)
-        if kind is list or kind is tuple:
-            return self._copy_list(value, depth)
         if kind is str:
             self.nbytes += len(value)
             return value
@@ -114,11 +123,20 @@ class Copier:
             return value
         if kind is float:
             return value if isfinite(value) else JsonText(float_text(value))
-        return self._convert(value, depth)
+        identity = id(value)
+        if depth >= MAX_DEPTH or identity in self.path:
+            raise TooDeepError
+        self.path.add(identity)
+        try:
+            if kind is dict:
+                return self._copy_items(list(value.items()), depth)
+            if kind is list or kind is tuple:
+                return self._copy_list(value, depth)
+            return self._convert(value, depth)
+        finally:
+            self.path.discard(identity)
 
     def _copy_items(self, items: list[tuple[Any, Any]], depth: int) -> Snapshot:
-        if depth >= MAX_DEPTH:
-            raise TooDeepError
         copied: dict[str, Snapshot] = {}
         nbytes = NODE_BYTES * len(items)
         for key, item in items:
@@ -135,8 +153,6 @@ class Copier:
         return copied
 
     def _copy_list(self, value: list[Any] | tuple[Any, ...], depth: int) -> Snapshot:
-        if depth >= MAX_DEPTH:
-            raise TooDeepError
         items = list(value)
         self.nbytes += NODE_BYTES * len(items)
         if len(items) > 16 and (size := uniform_size(items)) is not None:
@@ -170,11 +186,13 @@ class Copier:
 def uniform_size(items: list[Any]) -> int | None:
     """Characters in a list of only strings or only numbers, such as an embedding; None for others."""
     kinds = set(map(type, items))
-    if kinds == {float} and all(map(isfinite, items)):
-        return 0
     if kinds == {str}:
         return sum(map(len, items))
-    return 0 if kinds <= UNCOUNTED else None
+    if kinds == {float}:
+        return 0 if all(map(isfinite, items)) else None
+    if kinds <= NUMBERS:
+        return 0 if all(isfinite(item) for item in items if type(item) is float) else None
+    return None
 
 
 def key_text(key: Any) -> str:
@@ -219,18 +237,42 @@ def thaw(value: Snapshot) -> Any:
     if kind is list:
         return [thaw(item) for item in value]
     if kind is JsonText:
-        return json.loads(value.text)
+        try:
+            return json.loads(value.text)
+        except (ValueError, RecursionError):  # no JSON after all, or of more levels than Python reads
+            return value.text
     return value
 
 
 def compact_text(value: Snapshot) -> str:
-    """JSON text that loads as :func:`thaw` returns it."""
+    """JSON text that loads as :func:`thaw` returns it, but for lone surrogates (:func:`readable_json`)."""
     try:
-        return orjson.dumps(value, default=fragment).decode()
+        text = orjson.dumps(value, default=fragment).decode()
     except TypeError:
-        # orjson refuses integers beyond 64 bits and lone surrogates. The latter are escaped here, so that
-        # they don't make the trace around them invalid UTF-8.
-        return guarded(lambda: json.dumps(thaw(value)))
+        # orjson refuses integers beyond 64 bits and lone surrogates.
+        return well_formed(guarded(lambda: json.dumps(thaw(value), ensure_ascii=False)))
+    return readable_json(text)
+
+
+def readable_json(text: str) -> str:
+    """A JSON text without escapes of half a character (a lone surrogate, ``\\ud83d``).
+
+    Python reads and writes them; stricter readers, orjson and DuckDB among them, refuse the whole text for
+    one. What is no JSON text is returned as it is.
+    """
+    if "\\ud" not in text and "\\uD" not in text:
+        return text
+    try:
+        plain = json.dumps(json.loads(text), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return text
+    repaired = well_formed(plain)
+    return text if repaired == plain else repaired
+
+
+def well_formed(text: str) -> str:
+    """A text that UTF-8 can hold: U+FFFD, the replacement character, for each lone surrogate."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def mlflow_text(value: Snapshot) -> str:

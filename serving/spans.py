@@ -3,6 +3,7 @@
 # mypy: disable-error-code="no-untyped-call"
 # MLflow is typed in part only.
 
+import json
 import logging
 import sys
 from time import perf_counter_ns
@@ -16,6 +17,7 @@ from mlflow.tracing.constant import STREAM_CHUNK_EVENT_VALUE_KEY, SpanAttributeK
 from mlflow.tracing.fluent import _set_last_active_trace_id
 from mlflow.tracing.utils.default_log_level import default_log_level_for_span_type
 from mlflow.tracing.utils.processor import apply_span_processors
+from opentelemetry.attributes import BoundedAttributes
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace import Span as OTelSpan
 from opentelemetry.trace import Status, StatusCode
@@ -27,6 +29,8 @@ __all__ = ["Meter", "RecordedSpan"]
 
 logger = logging.getLogger(__name__)
 
+KEPT: Final = (SpanAttributeKey.REQUEST_ID, SpanAttributeKey.SPAN_TYPE)
+"""Attributes of a muted span: MLflow finds it by the first."""
 OK: Final = Status(StatusCode.OK)
 CHUNK_EVENT_PREFIX: Final = "mlflow.chunk.item."
 
@@ -49,16 +53,26 @@ class SnapshotAttributes(_SpanAttributesRegistry):
         super().__init__(otel_span)
         self.meter = meter
         self.values: dict[str, Snapshot] = {}
+        self.muted = False
+        self._sizes: dict[str, int] = {}
+
+    def mute(self) -> None:
+        """Forget what was recorded, and record no more."""
+        self.muted = True
+        self.values = {key: self.values.get(key) for key in KEPT}
 
     def set(self, key: str, value: Any) -> None:
-        if self._span.end_time is not None:
+        values = self.values  # of now: a span that is muted while the snapshot is taken has others
+        if self.muted or self._span.end_time is not None:
             return
         if not isinstance(key, str) or not key:
             super().set(key, value)  # says what is wrong, and stores nothing
             return
         started = perf_counter_ns()
-        self.values[str.__str__(key)], nbytes = snapshot(value)
-        self.meter.nbytes += nbytes
+        name = str.__str__(key)
+        values[name], nbytes = snapshot(value)
+        self.meter.nbytes += nbytes - self._sizes.get(name, 0)
+        self._sizes[name] = nbytes
         self.meter.overhead_ns += perf_counter_ns() - started
 
     def get(self, key: str) -> Any:
@@ -67,7 +81,7 @@ class SnapshotAttributes(_SpanAttributesRegistry):
         return super().get(key)
 
     def get_all(self) -> dict[str, Any]:
-        return {key: self.get(key) for key in {**(self._span.attributes or {}), **self.values}}
+        return {key: self.get(key) for key in {**raw_attributes(self._span), **self.values}}
 
     def texts(self) -> dict[str, str]:
         """The values as MLflow would have stored them on the OpenTelemetry span."""
@@ -77,21 +91,28 @@ class SnapshotAttributes(_SpanAttributesRegistry):
 class RecordedSpan(LiveSpan):
     """MLflow's live span, recording by snapshot.
 
+    Once its request is sealed it is muted: agents can go on using it, and it keeps nothing.
+
     Args:
         otel_span: the OpenTelemetry span it stands for.
         trace_id: MLflow's id of its trace.
         meter: counts what recording costs.
         materialised: other span processors see this span too, and read the OpenTelemetry span's attributes.
+            It is never muted.
+        late: it started after its request was sealed.
     """
 
     _span: OTelSpan
     _attributes: SnapshotAttributes  # type: ignore[assignment] # as LiveSpan's own differs from its parent's
 
-    def __init__(self, otel_span: OTelSpan, trace_id: str, meter: Meter, *, materialised: bool) -> None:
+    def __init__(
+        self, otel_span: OTelSpan, trace_id: str, meter: Meter, *, materialised: bool, late: bool
+    ) -> None:
         # Like LiveSpan's, this constructor replaces its parent's.
         self._span = otel_span
         self._meter = meter
         self._materialised = materialised
+        self._late = late
         self._attributes = SnapshotAttributes(otel_span, meter)
         self._attributes.values = {SpanAttributeKey.REQUEST_ID: trace_id, SpanAttributeKey.SPAN_TYPE: None}
         self._attachments = {}
@@ -101,6 +122,20 @@ class RecordedSpan(LiveSpan):
         self._handled_at_start = sys.exc_info()[1]
         # MLflow finds a live span by this attribute of the OpenTelemetry span.
         otel_span.set_attribute(SpanAttributeKey.REQUEST_ID, f'"{trace_id}"')
+        if late:
+            self.mute()
+
+    def mute(self) -> None:
+        """Keep alive nothing of the agent's any more, unless others wait for the span's end."""
+        if self._materialised:
+            return
+        self._attributes.mute()
+        self._chunks = []
+        self._handled_at_start = None
+        otel: Any = self._span
+        kept = {key: value for key, value in raw_attributes(otel).items() if key in KEPT}
+        otel._events = otel._new_events()
+        otel._attributes = BoundedAttributes(otel._limits.max_span_attributes, kept, immutable=False)
 
     def set_inputs(self, inputs: Any) -> None:
         # Not the parent's: it takes base64 content out of the payload, to store it elsewhere.
@@ -110,11 +145,12 @@ class RecordedSpan(LiveSpan):
         self._attributes.set(SpanAttributeKey.OUTPUTS, outputs)
 
     def add_event(self, event: SpanEvent) -> None:
+        if self._attributes.muted:
+            return
         super().add_event(event)
-        self._meter.nbytes += NODE_BYTES + sum(
-            len(v) for v in event.attributes.values() if isinstance(v, str)
-        )
-        chunk = event.attributes.get(STREAM_CHUNK_EVENT_VALUE_KEY)
+        attributes = event.attributes or {}
+        self._meter.nbytes += NODE_BYTES + sum(len(v) for v in attributes.values() if isinstance(v, str))
+        chunk = attributes.get(STREAM_CHUNK_EVENT_VALUE_KEY)
         if event.name.startswith(CHUNK_EVENT_PREFIX) and isinstance(chunk, str):
             self._chunks.append(JsonText(chunk))
 
@@ -125,7 +161,7 @@ class RecordedSpan(LiveSpan):
         """
         values = dict(self._attributes.values)
         if self._chunks and values.get(SpanAttributeKey.OUTPUTS) is None:
-            values[SpanAttributeKey.OUTPUTS] = list(self._chunks)
+            values[SpanAttributeKey.OUTPUTS] = [chunk for chunk in self._chunks if is_json(chunk.text)]
         return values
 
     def end(
@@ -141,8 +177,23 @@ class RecordedSpan(LiveSpan):
         """
         if self._span.end_time is not None:
             return
-        if self._meter.sealed:
+        if self._meter.sealed and not self._late:
             metrics.LATE_SPANS.inc()
+        try:
+            try:
+                self._complete(outputs, attributes, status)
+            finally:
+                self._chunks = []
+                self._handled_at_start = None
+                self._span.end(end_time=end_time_ns)
+        # What the agent passed may be anything, and so may what the application's own span processors raise;
+        # a trace must not fail the agent for it. MLflow's live span does the same.
+        except Exception as error:  # noqa: BLE001
+            logger.warning("Failed to end span %s properly: %s: %s", self.name, type(error).__name__, error)
+
+    def _complete(
+        self, outputs: Any | None, attributes: dict[str, Any] | None, status: SpanStatus | str | None
+    ) -> None:
         self.set_attributes(attributes or {})
         if outputs is not None:
             self.set_outputs(outputs)
@@ -150,21 +201,24 @@ class RecordedSpan(LiveSpan):
         self._set_final_status(status)
         values = self._attributes.values
         if values.get(SpanAttributeKey.LOG_LEVEL) is None:
-            values[SpanAttributeKey.LOG_LEVEL] = int(default_log_level_for_span_type(self.span_type))
+            kind = self.span_type
+            level = default_log_level_for_span_type(kind if isinstance(kind, str) else None)
+            values[SpanAttributeKey.LOG_LEVEL] = int(level)
         self._meter.overhead_ns += perf_counter_ns() - started
-        apply_span_processors(self)
-        self._chunks = []
+        if not self._attributes.muted:
+            apply_span_processors(self)
         if self._materialised:
+            started = perf_counter_ns()
             self._span.set_attributes(self._attributes.texts())
+            self._meter.overhead_ns += perf_counter_ns() - started
         if self._span.parent is None or self._span.parent.is_remote:
             _set_last_active_trace_id(self.trace_id)
-        self._span.end(end_time=end_time_ns)
 
     def _set_final_status(self, status: SpanStatus | str | None) -> None:
         if status is not None:
             try:
                 self.set_status(status)  # type: ignore[arg-type] # a SpanStatus is fine, too
-            except MlflowException as error:
+            except (MlflowException, AttributeError) as error:
                 logger.warning("Span %s ended with a status that does not exist: %s", self.name, error)
         elif cancelled := self._propagating_cancellation():
             # It takes any exception, whatever its annotation says.
@@ -197,7 +251,7 @@ class RecordedSpan(LiveSpan):
                 context=otel.context,
                 parent=otel.parent,
                 resource=otel.resource,
-                attributes={**(otel.attributes or {}), **self._attributes.texts()},
+                attributes={**raw_attributes(otel), **self._attributes.texts()},
                 events=otel.events,
                 links=otel.links,
                 kind=otel.kind,
@@ -209,3 +263,20 @@ class RecordedSpan(LiveSpan):
         )
         span._links = self.links
         return span
+
+
+def raw_attributes(otel: Any) -> dict[str, Any]:
+    """What the OpenTelemetry span itself holds.
+
+    Not by ``dict()``: beyond OpenTelemetry's limit, another thread's write removes keys while it reads.
+    """
+    attributes: dict[str, Any] = otel.attributes.copy()
+    return attributes
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -42,8 +42,8 @@ from mlflow.utils.providers import cost_per_token
 from opentelemetry.trace import SpanContext, Status, StatusCode
 
 from inference_table.record import EncodedTrace
-from serving.snapshot import Snapshot, compact_text, head_text, thaw
-from serving.spans import RecordedSpan
+from serving.snapshot import Snapshot, compact_text, head_text, readable_json, thaw, well_formed
+from serving.spans import RecordedSpan, raw_attributes
 
 __all__ = ["SpanState", "TraceSnapshot", "read_span"]
 
@@ -87,7 +87,7 @@ class SpanState:
         return raw[: limit + 1] if isinstance(raw, str) else None
 
     def encode(self) -> bytes:
-        attributes = dict(self.raw)
+        attributes = {key: readable_json(v) if isinstance(v, str) else v for key, v in self.raw.items()}
         for key, value in self.values.items():
             attributes[key] = compact_text(value)
         return dumps(
@@ -119,14 +119,16 @@ def read_span(span: LiveSpan) -> SpanState:
         start_time=otel.start_time,
         end_time=otel.end_time,
         status=otel.status,
-        events=[
-            {"name": event.name, "time_unix_nano": event.timestamp, "attributes": dict(event.attributes)}
-            for event in otel.events
-        ],
+        events=[event_dict(event) for event in otel.events],
         links=[link.to_dict() for link in span.links],
-        raw=dict(otel.attributes),
+        raw=raw_attributes(otel),
         values=span.values() if isinstance(span, RecordedSpan) else {},
     )
+
+
+def event_dict(event: Any) -> dict[str, Any]:
+    attributes = dict(event.attributes or {})
+    return {"name": event.name, "time_unix_nano": event.timestamp, "attributes": attributes}
 
 
 @dataclass(slots=True)
@@ -296,25 +298,23 @@ def encode_info(info: TraceInfo) -> bytes:
     except (TypeError, UnicodeEncodeError):
         # Protocol buffers, by which MLflow turns this into a dictionary, take no lone surrogates, and its
         # truncation no keys that are not text.
-        info.request_preview = info.request_preview and printable(info.request_preview)
-        info.response_preview = info.response_preview and printable(info.response_preview)
+        info.request_preview = info.request_preview and well_formed(info.request_preview)
+        info.response_preview = info.response_preview and well_formed(info.response_preview)
         for texts in (info.tags, info.trace_metadata):
-            cleaned = {printable(str(key)): printable(str(value)) for key, value in texts.items()}
+            cleaned = {well_formed(str(key)): well_formed(str(value)) for key, value in texts.items()}
             texts.clear()
             texts.update(cleaned)
         return dumps(info.to_dict())
 
 
-def printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def dumps(value: dict[str, Any]) -> bytes:
+    """JSON that every reader takes: no NaN, no half characters, which would fail a whole query."""
     try:
         return orjson.dumps(value)
     except TypeError:
         # Names and attributes set on the OpenTelemetry span itself may hold what only MLflow's encoder takes.
-        return json.dumps(value, cls=TraceJSONEncoder).encode("ascii")
+        plain = json.loads(json.dumps(value, cls=TraceJSONEncoder), parse_constant=lambda _: None)
+        return well_formed(json.dumps(plain, ensure_ascii=False)).encode()
 
 
 def base64_id(number: int, length: int) -> str:

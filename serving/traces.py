@@ -3,6 +3,10 @@
 MLflow looks up live spans and the trace's info in its ``InMemoryTraceManager``, by MLflow's trace id. A
 request's spans lie there, in a :class:`ManagedTrace`, until the request is sealed. One trace id may belong to
 several requests at once: a distributed trace that enters this process more than once.
+
+Code may still run inside a span when its request is sealed: a background task, say. What MLflow's API gives
+it goes on working: its open spans stay in the manager, muted, until the last of them ends. Spans that start
+then are treated alike, and so are those of no request where MLflow shares the application's tracer provider.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -10,7 +14,7 @@ several requests at once: a distributed trace that enters this process more than
 
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from threading import Lock
+from threading import RLock
 from typing import Any, Final
 
 from mlflow.entities.span import LiveSpan
@@ -22,19 +26,32 @@ from mlflow.tracing.trace_manager import InMemoryTraceManager, _Trace
 from mlflow.utils.workspace_context import get_request_workspace
 from opentelemetry.sdk.trace import Span as OTelSpan
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.trace import SpanContext, get_current_span
+from opentelemetry.trace import SpanContext, format_span_id, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from inference_table import metrics
+from serving.border import reporter
 from serving.spans import Meter, RecordedSpan
 from serving.trace_info import new_trace_info
 from serving.trace_json import SpanState, TraceSnapshot, read_span
 
-__all__ = ["CURRENT", "SKIPPED", "Audience", "RecordedTrace", "RequestTraces", "owner_of"]
+__all__ = [
+    "CURRENT",
+    "OUTSIDE",
+    "SKIPPED",
+    "Audience",
+    "RecordedTrace",
+    "RequestTraces",
+    "Unrecorded",
+    "owner_of",
+]
 
 OWNER: Final = "_tracelake_trace"
 """Name of the attribute by which an OpenTelemetry span knows the trace it is recorded in."""
 IDS: Final = RandomIdGenerator()
+LATE_BEGINNINGS_OF_A_WORKER: Final = 3
+"""A request's background tasks may begin a span or two after it was sealed. A worker task that was created in
+a request keeps its context for ever, and begins one for each request that it serves."""
 
 
 class RequestTraces(Meter):
@@ -56,7 +73,9 @@ class RequestTraces(Meter):
         self.surrounding = get_current_span(get_current_context()).get_span_context()
         self._traces: dict[int, RecordedTrace] = {}
         self._open: list[OTelSpan] = []
-        self._lock = Lock()
+        self._late_beginnings = 0
+        # The garbage collector may run a generator's clean-up at any point, which may start a span.
+        self._lock = RLock()
 
     def is_complete(self) -> bool:
         """Whether no span is open."""
@@ -72,13 +91,15 @@ class RequestTraces(Meter):
     def seal(self) -> list[TraceSnapshot]:
         """The traces, for good: what comes later is counted and not recorded. A second call returns none."""
         with self._lock:
-            snapshots = self._snapshots()
-            self.sealed = True
-            for trace in self._traces.values():
-                trace.release()
-            self._traces = {}
-            self._open = []
-        return snapshots
+            try:
+                return self._snapshots()
+            finally:
+                self.sealed = True
+                traces = list(self._traces.values())
+                self._traces = {}
+                self._open = []
+                for trace in traces:
+                    trace.release()
 
     def _snapshots(self) -> list[TraceSnapshot]:
         traces = sorted(self._traces.values(), key=lambda trace: trace.started_ns)
@@ -93,18 +114,46 @@ class RequestTraces(Meter):
             audience: who sees the span besides us.
         """
         with self._lock:
-            if self.sealed:
-                metrics.LATE_SPANS.inc()
-                if trace is None or not audience.exporter:
-                    return
+            late = self.sealed
+            begins = late and (trace is None or not trace.entry.holds(span.parent))
+            if late and trace is None and audience.exporter:
+                self.count_late(begins=begins)
+                return  # MLflow's own processors make it a trace of their own
             if trace is None:
                 self._settle(span)
                 trace = self._traces.get(span.context.trace_id)
             if trace is None:
-                trace = RecordedTrace(self, span, audience)
-                self._traces[span.context.trace_id] = trace
-            trace.add(span)
-            self._open.append(span)
+                trace = self._new_trace(span, audience, late)
+            trace.add(span, audience, late=late)
+            if not late:
+                self._open.append(span)
+        if late:
+            self.count_late(begins=begins)
+
+    def _new_trace(self, span: OTelSpan, audience: "Audience", late: bool) -> "RecordedTrace":
+        created = RecordedTrace(self, span, audience)
+        if late:
+            return created
+        trace = self._traces.setdefault(span.context.trace_id, created)
+        if trace is not created:  # a clean-up that ran meanwhile was first
+            created.release()
+        return trace
+
+    def count_late(self, *, begins: bool) -> None:
+        """Count a span that started after the request was sealed.
+
+        Args:
+            begins: its parent, if it has one, had ended before.
+        """
+        metrics.LATE_SPANS.inc()
+        self._late_beginnings += begins
+        if begins and self._late_beginnings >= LATE_BEGINNINGS_OF_A_WORKER:
+            reporter.failure(
+                "late spans",
+                f"spans are not recorded: they start in the context of request {self.request_id}, whose row "
+                "is written already. A worker task or thread that was created while a request ran keeps that "
+                "request's context; start workers outside of requests, or run them in contextvars.Context()",
+            )
 
     def _settle(self, span: OTelSpan) -> None:
         """Put a root span of this request under the remote parent, or free it from what surrounds it all."""
@@ -127,6 +176,19 @@ class RequestTraces(Meter):
         return self.surrounding.span_id if self.surrounding is not None else None
 
 
+class Unrecorded(RequestTraces):
+    """Stands in where no request records: its spans are kept from their start to their end, no longer."""
+
+    def __init__(self, *, counted: bool) -> None:
+        super().__init__("")
+        self.sealed = True
+        self._counted = counted
+
+    def count_late(self, *, begins: bool) -> None:
+        if self._counted and begins:
+            metrics.ORPHAN_TRACES.inc()
+
+
 @dataclass(frozen=True, slots=True)
 class Audience:
     """Who sees the spans besides us: MLflow's own exporter, any other span processor."""
@@ -147,11 +209,14 @@ class RecordedTrace:
         self.root_id: int = root.context.span_id
         self.entry = ManagedTrace.of(self)
 
-    def add(self, span: OTelSpan) -> None:
-        materialised = self.audience.exporter or self.audience.others
-        live = RecordedSpan(span, self.info.trace_id, self.request, materialised=materialised)
+    def add(self, span: OTelSpan, audience: Audience, *, late: bool) -> None:
+        materialised = audience.exporter or audience.others
+        live = RecordedSpan(span, self.info.trace_id, self.request, materialised=materialised, late=late)
         setattr(span, OWNER, self)
-        self.entry.register(live)
+        with InMemoryTraceManager.get_instance()._lock:
+            if self not in self.entry.parts:  # all its spans had ended, after its request was sealed
+                self.entry = ManagedTrace.of(self)
+            self.entry.register(live)
 
     def snapshot(self) -> TraceSnapshot:
         spans: list[LiveSpan | SpanState] = []
@@ -163,7 +228,7 @@ class RecordedTrace:
         return TraceSnapshot(copied(self.info), spans, root)
 
     def release(self) -> None:
-        """Take the trace out of MLflow's manager, unless MLflow's own exporter will."""
+        """Take what has ended out of MLflow's manager, unless MLflow's own exporter will."""
         if not self.audience.exporter:
             self.entry.release(self)
 
@@ -186,15 +251,22 @@ class ManagedTrace(_Trace):
         manager._check_timeout_update()
         with manager._lock:
             entry = manager._traces.get(trace.info.trace_id)
-            if not isinstance(entry, cls):  # it may be MLflow's placeholder for a remote trace
-                entry = cls(trace)
-                entry.put(manager)
+            if isinstance(entry, cls):
+                entry.parts.append(trace)
+                return entry
+            entry = cls(trace)  # in the place of MLflow's placeholder, perhaps, for a remote trace
             entry.parts.append(trace)
+            entry.put(manager)
             return entry
 
     def put(self, manager: Any) -> None:
         manager._traces[self.first.info.trace_id] = self
-        manager._otel_id_to_mlflow_trace_id[self.first.otel_id] = self.first.info.trace_id
+        # MLflow's exporters look there, and remove it; nothing else does, not even its time-out.
+        if not self._is_sealed():
+            manager._otel_id_to_mlflow_trace_id[self.first.otel_id] = self.first.info.trace_id
+
+    def _is_sealed(self) -> bool:
+        return all(part.request.sealed and not part.audience.exporter for part in self.parts)
 
     def register(self, span: RecordedSpan) -> None:
         manager = InMemoryTraceManager.get_instance()
@@ -204,18 +276,25 @@ class ManagedTrace(_Trace):
                 self.put(manager)
             self.span_dict[span.span_id] = span
 
+    def holds(self, context: SpanContext | None) -> bool:
+        return context is not None and format_span_id(context.span_id) in self.span_dict
+
     def release(self, trace: RecordedTrace) -> None:
         manager = InMemoryTraceManager.get_instance()
         with manager._lock:
+            is_open = False
             for span in self.spans_of(trace):
-                self.span_dict.pop(span.span_id, None)
-            self.parts.remove(trace)
-            if self.parts:
-                return
+                if isinstance(span, RecordedSpan) and span.end_time_ns is None:
+                    span.mute()
+                    is_open = True
+                else:
+                    self.span_dict.pop(span.span_id, None)
+            if not is_open and trace in self.parts:
+                self.parts.remove(trace)
             trace_id = self.first.info.trace_id
-            if manager._traces.get(trace_id) is self:
+            if not self.parts and manager._traces.get(trace_id) is self:
                 del manager._traces[trace_id]
-            if manager._traces.get(trace_id) is None:
+            if self._is_sealed() and manager._traces.get(trace_id) in (self, None):
                 manager._otel_id_to_mlflow_trace_id.pop(self.first.otel_id, None)
 
     def spans_of(self, trace: RecordedTrace) -> list[LiveSpan]:
@@ -233,9 +312,13 @@ class ManagedTrace(_Trace):
         return (part or self.first).info
 
     def get_root_span(self) -> LiveSpan | None:
-        """The first request's root, a child of a remote span perhaps. MLflow's time-out ends it."""
-        roots = (span for span in self.span_dict.values() if span._span.context.span_id == self.first.root_id)
-        return next(roots, None)
+        """The first request's root, a child of a remote span perhaps. MLflow's time-out ends it.
+
+        Once that has ended, any open span: the time-out would keep an entry without a root for ever.
+        """
+        spans = list(self.span_dict.values())
+        roots = (span for span in spans if span._span.context.span_id == self.first.root_id)
+        return next(roots, next((span for span in spans if span.end_time_ns is None), None))
 
     def to_mlflow_trace(self) -> Trace:
         """The trace for those who pop it from MLflow's manager."""
@@ -275,5 +358,7 @@ def remote_span(traceparent: str | None) -> SpanContext | None:
 
 CURRENT: Final[ContextVar[RequestTraces | None]] = ContextVar("tracelake_request_traces", default=None)
 """The request that runs now, or :data:`SKIPPED`."""
-SKIPPED: Final = RequestTraces("")
-"""Stands for a request that is not recorded: its spans are dropped at once, and not counted as orphans."""
+SKIPPED: Final = Unrecorded(counted=False)
+"""Stands for a request that is not recorded: its spans are no orphans."""
+OUTSIDE: Final = Unrecorded(counted=True)
+"""Stands for code that runs outside of any request."""

@@ -32,7 +32,9 @@ Private names of MLflow, tested with 3.17.2, used in the modules that make up th
   ``utils.providers.cost_per_token``.
 
 And of OpenTelemetry's SDK, tested with 1.45: ``Span._parent`` and ``_context``, set on a request's root spans
-as MLflow does on clones; ``TracerProvider._active_span_processor`` with ``_span_processors`` and ``_lock``.
+as MLflow does on clones; ``Span._attributes``, ``_events``, ``_new_events`` and ``_limits``, to empty muted
+spans; ``Span._span_processor`` and ``TracerProvider._active_span_processor`` with ``_span_processors`` and
+``_lock``; ``SpanProcessor._on_ending``.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -40,7 +42,7 @@ as MLflow does on clones; ``TracerProvider._active_span_processor`` with ``_span
 
 import logging
 from collections.abc import Callable, Sequence
-from threading import Lock
+from threading import RLock
 from time import perf_counter_ns
 from typing import Any, Final
 
@@ -65,7 +67,15 @@ from opentelemetry.trace import Link, NoOpTracerProvider, SpanContext, SpanKind,
 
 from inference_table import metrics
 from serving.trace_json import TraceSnapshot
-from serving.traces import CURRENT, SKIPPED, Audience, RequestTraces, owner_of
+from serving.traces import (
+    CURRENT,
+    OUTSIDE,
+    SKIPPED,
+    Audience,
+    RequestTraces,
+    Unrecorded,
+    owner_of,
+)
 
 __all__ = ["CURRENT", "SKIPPED", "RequestTraces", "TraceSnapshot", "ensure_installed"]
 
@@ -115,18 +125,16 @@ class RequestSampler(Sampler):
         return SamplingResult(Decision.RECORD_AND_SAMPLE if wanted else Decision.DROP, attributes, state)
 
     def _is_wanted(self, request: RequestTraces | None) -> bool:
-        if request is SKIPPED:
-            return self._exporting
         if request is None:
             metrics.ORPHAN_TRACES.inc()
-            return self._exporting
-        if request.sealed and not self._exporting:
-            metrics.LATE_SPANS.inc()
-            return False
-        return True
+        return self._exporting or (request is not None and is_recorded(request))
 
     def get_description(self) -> str:
         return f"RequestSampler({self._roots.get_description()})"
+
+
+def is_recorded(request: RequestTraces) -> bool:
+    return not isinstance(request, Unrecorded)
 
 
 def is_local(context: SpanContext | None) -> bool:
@@ -143,25 +151,40 @@ class RequestSpanProcessor(SpanProcessor):
 
     Args:
         exporters: MLflow's own processors, to run behind this one.
-        watched: processors that are not MLflow's run beside this one.
     """
 
-    def __init__(self, exporters: Sequence[SpanProcessor], *, watched: bool) -> None:
+    def __init__(self, exporters: Sequence[SpanProcessor]) -> None:
         self._exporters = tuple(exporters)
-        self._audience = Audience(exporter=bool(exporters), others=watched)
+        self._alone = Audience(exporter=bool(exporters))
+        self._watched = Audience(exporter=bool(exporters), others=True)
         # MLflow looks for its exporter here to flush it.
         self.span_exporter = next((getattr(exporter, "span_exporter", None) for exporter in exporters), None)
 
     def on_start(self, span: OTelSpan, parent_context: Context | None = None) -> None:
         started = perf_counter_ns()
         trace = owner_of(get_current_span(parent_context))
-        request = trace.request if trace is not None else CURRENT.get()
-        if request is not None and request is not SKIPPED:
-            request.start(span, trace, self._audience)
+        request = CURRENT.get() or OUTSIDE
+        if trace is not None and isinstance(trace.request, Unrecorded) and is_recorded(request):
+            trace = None  # what surrounds a request does not swallow it
+        if trace is not None:
+            request = trace.request
+        if is_recorded(request) or self._keeps(span, has_owner=trace is not None):
+            request.start(span, trace, self._watched if is_watched(span) else self._alone)
             request.overhead_ns += perf_counter_ns() - started
         if owner_of(span) is None:
             for exporter in self._exporters:
                 exporter.on_start(span, parent_context)
+
+    def _keeps(self, span: OTelSpan, *, has_owner: bool) -> bool:
+        """Whether an unrecorded span must be in MLflow's manager, for its API to work.
+
+        A sampler that is not ours, that of the application's provider, let it pass.
+        """
+        return not self._exporters and (has_owner or is_from_mlflow(span))
+
+    def _on_ending(self, span: OTelSpan) -> None:
+        if (trace := owner_of(span)) is not None and trace.request.sealed:
+            trace.release()
 
     def on_end(self, span: ReadableSpan) -> None:
         for exporter in self._exporters:
@@ -183,7 +206,9 @@ class Installation(Once):
     def __init__(self, *, done: bool) -> None:
         super().__init__()
         self._done = done
-        self._installing = Lock()
+        # The garbage collector may run a generator's clean-up at any point, which may start a span.
+        self._installing = RLock()
+        self._is_installing = False
         self._exporting = False
         self._provider: TracerProvider | None = None
         self._processor: RequestSpanProcessor | None = None
@@ -191,9 +216,13 @@ class Installation(Once):
     def do_once(self, func: Callable[[], None]) -> None:  # noqa: ARG002 - MLflow's initialiser, which ours replaces
         if not self._is_settled():
             with self._installing:
-                if not self._is_settled():
-                    self._install()
-                    self._done = True
+                if not self._is_settled() and not self._is_installing:
+                    self._is_installing = True
+                    try:
+                        self._install()
+                        self._done = True
+                    finally:
+                        self._is_installing = False
 
     def _is_settled(self) -> bool:
         if not self._done:
@@ -208,7 +237,7 @@ class Installation(Once):
         self._exporting = self._exporting or is_export_wanted()
         current, ours, replaced = mlflow_provider.provider.get(), self._provider, self._processor
         others = [processor for processor in processors_of(current) if not is_mlflow_or_ours(processor)]
-        self._processor = RequestSpanProcessor(mlflow_processors(self._exporting), watched=bool(others))
+        self._processor = RequestSpanProcessor(mlflow_processors(self._exporting))
         if isinstance(current, TracerProvider) and not MLFLOW_USE_DEFAULT_TRACER_PROVIDER.get():
             self._provider = current  # the application's own, which MLflow was told to share
         else:
@@ -241,6 +270,19 @@ def set_processors(provider: TracerProvider, *processors: SpanProcessor) -> None
         active._span_processors = processors
 
 
+def is_watched(span: OTelSpan) -> bool:
+    """Whether processors that are neither MLflow's nor ours see a span; they may be added at any time."""
+    active: Any = span._span_processor
+    processors = getattr(active, "_span_processors", ())
+    return len(processors) > 1 and not all(map(is_mlflow_or_ours, processors))
+
+
+def is_from_mlflow(span: OTelSpan) -> bool:
+    """Whether MLflow's API started a span, and will look for it in MLflow's manager."""
+    scope = span.instrumentation_scope
+    return scope is not None and scope.name.startswith("mlflow.")
+
+
 def is_mlflow_or_ours(processor: SpanProcessor) -> bool:
     return type(processor).__module__.startswith(("mlflow.", __name__))
 
@@ -270,7 +312,7 @@ def mlflow_processors(exporting: bool) -> list[SpanProcessor]:
     return processors
 
 
-ADOPTING: Final = Lock()
+ADOPTING: Final = RLock()
 
 
 def ensure_installed() -> None:

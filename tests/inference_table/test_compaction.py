@@ -13,7 +13,7 @@ import pytest
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 
-from inference_table import compaction as compaction_module
+from inference_table import merge as merge_module
 from inference_table.commit import Committer, open_or_create_table
 from inference_table.compaction import Maintenance
 from inference_table.settings import StorageSettings
@@ -86,7 +86,7 @@ def test_hours_and_days_are_not_mixed(settings: StorageSettings) -> None:
 
 def test_one_step_is_bounded(settings: StorageSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step takes so many files at most, and the next one goes on."""
-    monkeypatch.setattr(compaction_module, "STEP_FILES", 4)
+    monkeypatch.setattr(merge_module, "STEP_FILES", 4)
     expected = fill(settings, 8)
     maintenance = Maintenance(settings)
     assert maintenance.compact(LATER)
@@ -184,7 +184,7 @@ def test_files_of_an_older_version_and_of_users(settings: StorageSettings) -> No
 def test_large_files_are_left_alone(settings: StorageSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is large enough is not written again."""
     fill(settings, 3)
-    monkeypatch.setattr(compaction_module, "SMALL_BYTES", 100)
+    monkeypatch.setattr(merge_module, "SMALL_BYTES", 100)
     assert not Maintenance(settings).compact(LATER)
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from inference_table import spool as spool_module
+from inference_table.commit import Committer
 from inference_table.disk import FileLock, network_file_system
 from inference_table.errors import SegmentError, SpoolError, SpoolFullError
 from inference_table.quarantine import set_aside
@@ -22,7 +23,8 @@ from inference_table.spool import (
     spool_root,
     spool_stats,
 )
-from tests.inference_table.rows import batch, storage
+from inference_table.writer import Writer
+from tests.inference_table.rows import batch, commit_all, storage
 from tests.support import ROOT
 
 
@@ -256,13 +258,39 @@ def test_room_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_disk_is_never_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Below the share of the disk that is left to others nothing is spooled, and start-up says so."""
+    """Below the share of the disk that is left to others nothing is spooled."""
     monkeypatch.setattr(spool_module, "MIN_FREE_FRACTION", 1.1)
     spool = Spool(storage(tmp_path))
     with pytest.raises(SpoolFullError, match="INFERENCE_TABLE_SPOOL_DIR"):
         spool.append(batch(["a"]), sync=False)
-    with pytest.raises(SpoolFullError, match="is free"):
-        spool.check()
+
+
+@pytest.mark.parametrize("full", ["the spool", "the disk"])
+def test_a_restart_empties_a_full_spool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, full: str
+) -> None:
+    """Start-up warns of a spool or disk without room and goes on: what starts commits the backlog."""
+    settings = storage(tmp_path)
+    stopped = Spool(settings)
+    stopped.append(batch(["a"]), sync=False)
+    stopped.close()
+    if full == "the disk":
+        monkeypatch.setattr(spool_module, "MIN_FREE_FRACTION", 1.1)
+    else:
+        settings = storage(tmp_path, max_spool_bytes=100)
+    with caplog.at_level("WARNING", logger="tracelake"):
+        Writer(settings).check()
+    (warning,) = caplog.records
+    assert warning.name == "tracelake"
+    assert warning.levelname == "WARNING"
+    assert full in warning.message
+    assert "is full" in warning.message
+    assert commit_all(Committer(settings)) == 1
+    assert spool_stats(spool_root(settings)).bytes == 0
+    caplog.clear()
+    monkeypatch.undo()
+    Writer(settings).check()
+    assert not caplog.records, "there is room again"
 
 
 def test_check_names_folder_and_remedy(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Spans of a request end up in its traces, whatever the agent does to tracing meanwhile."""
 
 import asyncio
+import contextlib
 import contextvars
 import json
 import logging
@@ -8,25 +9,35 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import duckdb
+import httpx
 import mlflow
+import orjson
 import pytest
-from mlflow.entities import Trace
+from mlflow.entities import LiveSpan, SpanEvent, Trace
 from mlflow.entities.trace_location import MlflowExperimentLocation
 from mlflow.tracing import provider as mlflow_provider
 from mlflow.tracing.distributed import set_tracing_context_from_http_request_headers
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from opentelemetry import trace as otel
+from opentelemetry.sdk.trace import TracerProvider
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from inference_table import metrics
-from serving import tracing
+from serving import InferenceTableMiddleware, tracing
+from serving.snapshot import snapshot, uniform_size
 from serving.traces import ManagedTrace
 from serving.tracing import SKIPPED, RequestTraces
-from tests.serving.tracing_agents import AGENTS, Client, chat, load, record, request, sealed
-from tests.support import ROOT
+from tests.serving.tracing_agents import AGENTS, Client, chat, load, nested, record, request, sealed
+from tests.support import ROOT, rows, running
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
@@ -267,6 +278,237 @@ def test_sealing_open_spans() -> None:
     assert counted(metrics.LATE_SPANS) == before + 3
 
 
+def test_code_that_runs_on_after_sealing() -> None:
+    """MLflow's API goes on working in spans that are open when their request is sealed, and keeps nothing."""
+    text = "a payload " * 1000
+    held, references = managed(), sys.getrefcount(text)
+    with request() as traces, mlflow.start_span("job") as job:
+        job.set_inputs([text])
+        job.add_event(SpanEvent("event", attributes={"text": text}))
+        job._span.set_attribute("direct", text)
+        with mlflow.start_span("done"):
+            pass
+        assert names(load(traces.seal()[0].encode())) == ["job", "done"]
+        assert sys.getrefcount(text) == references
+        assert mlflow.get_current_active_span() is job
+        job.set_attribute("progress", text)
+        job.set_outputs(text)
+        job.add_event(SpanEvent("event", attributes={"text": text}))
+        mlflow.update_current_trace(tags={"late": "tag"})
+        assert job.inputs is job.outputs is None
+        assert sys.getrefcount(text) == references
+        with mlflow.start_span("child") as child:
+            assert mlflow.get_current_active_span() is child
+            child.set_inputs(text)
+            assert sys.getrefcount(text) == references
+        assert managed()[0] == held[0] + 1
+    assert managed() == held
+    assert traces.seal() == []
+
+
+def test_a_job_that_starts_after_sealing() -> None:
+    """The same for spans that start after their request was sealed: a strict request's background tasks."""
+    with request() as traces:
+        with mlflow.start_span("root") as root:
+            pass
+        traces.seal()
+        before, held = counted(metrics.LATE_SPANS), managed()
+        with mlflow.start_span("job") as job:
+            assert mlflow.get_current_active_span() is job
+            with mlflow.start_span("step") as step:
+                step.set_inputs("x")
+                assert mlflow.get_current_active_span() is step
+            assert mlflow.get_current_active_span() is job
+        child = mlflow.start_span_no_context("late child", parent_span=root)
+        mlflow.start_span_no_context("grandchild", parent_span=child).end()
+        child.end()
+        assert managed() == held
+        assert counted(metrics.LATE_SPANS) == before + 4
+    assert traces.seal() == []
+
+
+def test_two_requests_of_one_trace_and_a_late_span() -> None:
+    """A late span of one request leaves another's, of the same distributed trace, in MLflow's manager."""
+    with request("first", parent=TRACEPARENT) as first:
+        early = mlflow.start_span_no_context("first")
+        early.end()
+    first.seal()
+    with request("second", parent=TRACEPARENT) as second, mlflow.start_span("second") as span:
+        late = mlflow.start_span_no_context("late", parent_span=early)
+        assert mlflow.get_current_active_span() is span
+        late.end()
+        assert mlflow.get_current_active_span() is span
+    assert [names(trace) for trace in sealed(second)] == [["second"]]
+
+
+def test_spans_that_never_end() -> None:
+    """What is left of spans that stay open after sealing is what MLflow's own time-out takes away."""
+    held = managed()
+    spans = []
+    for number in range(1_200):
+        with request(str(number)) as traces:
+            spans.append(mlflow.start_span_no_context("open"))
+        traces.seal()
+    assert managed()[0] <= held[0] + 1_000
+    assert managed()[1] == held[1]
+    for span in spans:
+        span.end()
+    assert managed() == held
+
+
+def test_time_out_of_a_sealed_trace() -> None:
+    """MLflow's time-out also removes what stayed open after its root had ended and its request was sealed."""
+    code = """
+import time, mlflow
+from mlflow.tracing.trace_manager import InMemoryTraceManager
+from tests.serving.tracing_agents import request
+with request() as traces:
+    root = mlflow.start_span_no_context("root")
+    open_span = mlflow.start_span_no_context("open", parent_span=root)
+    root.end()
+traces.seal()
+held = InMemoryTraceManager.get_instance()._traces
+assert len(held) == 1
+deadline = time.monotonic() + 20
+while len(held) and time.monotonic() < deadline:
+    time.sleep(0.05)
+assert len(held) == 0
+"""
+    run(code, MLFLOW_TRACE_TIMEOUT_SECONDS="1", MLFLOW_TRACE_TIMEOUT_CHECK_INTERVAL_SECONDS="1")
+
+
+def test_sealed_traces_hold_nothing_of_the_agent() -> None:
+    """A sealed trace that waits to be encoded keeps none of the agent's objects alive."""
+
+    class Thing:
+        pass
+
+    things: list[Any] = []
+
+    def agent() -> None:
+        thing = Thing()
+        things.append(weakref.ref(thing))
+        try:
+            raise ValueError(thing)
+        except ValueError:  # whose traceback holds this frame
+            with mlflow.start_span("root", attributes={"thing": thing}) as span:
+                span.set_inputs({"thing": [thing]})
+            mlflow.start_span_no_context("open", inputs=thing)
+
+    with request() as traces:
+        agent()
+    snapshots = traces.seal()
+    assert things[0]() is None
+    assert [len(names(load(snapshot.encode()))) for snapshot in snapshots] == [1, 1]
+    InMemoryTraceManager.reset()  # forgets the open span
+
+
+def test_sealing_that_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A row whose traces can't be read is written without them, and says so."""
+
+    class Unreadable(LiveSpan):
+        @property
+        def links(self) -> Any:
+            raise RuntimeError("not now")
+
+    async def answer(_: Any) -> JSONResponse:
+        with mlflow.start_span("root") as span:
+            foreign = Unreadable(TracerProvider().get_tracer("x").start_span("x"), span.trace_id)  # type: ignore[no-untyped-call, arg-type]
+            InMemoryTraceManager.get_instance().register_span(foreign)  # type: ignore[no-untyped-call]
+        return JSONResponse({"answer": "a"})
+
+    app = Starlette(routes=[Route("/", answer, methods=["POST"])])
+    table, spool = tmp_path / "payload", tmp_path / "spool"
+    captured = InferenceTableMiddleware(
+        app, enabled=True, uri=str(table), spool_dir=str(spool), flush_seconds=0.1
+    )
+    with running(captured) as url:
+        assert httpx.post(url, json={}).json() == {"answer": "a"}
+    [row] = rows(table)
+    assert row["logging_error_codes"] == ["TRACE_ENCODING_FAILED"]
+    assert json.loads(row["response"])["answer"] == "a"
+    assert [record.getMessage() for record in caplog.records] == [
+        "capturing a request failed (encode_trace): RuntimeError: not now"
+    ]
+    caplog.clear()
+
+
+def test_attributes_that_change_while_they_are_read(caplog: pytest.LogCaptureFixture) -> None:
+    """A trace can be read while more attributes are written than OpenTelemetry keeps of a span."""
+    caplog.set_level(logging.ERROR, "opentelemetry.attributes")  # says so for each attribute
+
+    class Key(str):
+        """Does when it is looked up what another thread may do at that time."""
+
+        __slots__ = ()
+        __eq__ = str.__eq__
+
+        def __hash__(self) -> int:
+            for number in range(200 if reading else 0):
+                root._span.set_attribute(f"another {number}", number)
+            return str.__hash__(self)
+
+    reading = False
+    with request() as traces, mlflow.start_span("root") as root:
+        for number in range(10):
+            root._span.set_attribute(Key(f"key {number}"), number)
+        reading = True
+        [snapshot] = traces.peek()
+        assert root.get_attribute("none") is None
+        reading = False
+        assert load(snapshot.encode()).data.spans[0].get_attribute("key 9") == 9
+    assert len(sealed(traces)) == 1
+
+
+def test_a_clean_up_that_starts_spans() -> None:
+    """A traced clean-up, which the garbage collector may run at any point, may find our locks held."""
+    code = """
+import faulthandler
+faulthandler.dump_traceback_later(20, exit=True)
+from serving import tracing
+from tests.serving.tracing_agents import chat, request, sealed
+with request() as traces, traces._lock, tracing.ADOPTING, tracing.mlflow_provider.provider.once._installing:
+    chat()
+assert [len(t.data.spans) for t in sealed(traces)] == [4]
+"""
+    run(code)
+
+
+def test_a_worker_that_was_created_in_a_request(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker task keeps the context of the request that created it; the log says why its spans are lost."""
+
+    @mlflow.trace
+    async def handle(queue: asyncio.Queue[Any]) -> None:
+        (await queue.get()).set_result(None)
+
+    async def work(queue: asyncio.Queue[Any]) -> None:
+        while True:
+            await handle(queue)
+
+    async def main() -> None:
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        worker = None
+        for number in range(5):
+            with request(f"request-{number}") as traces:
+                if worker is None:
+                    with mlflow.start_span("first"):
+                        worker = asyncio.create_task(work(queue))
+                done = asyncio.get_running_loop().create_future()
+                queue.put_nowait(done)
+                await done
+            traces.seal()
+        assert worker is not None
+        worker.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await worker
+
+    asyncio.run(main())
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "request-0" in message
+    assert "contextvars.Context()" in message
+    caplog.clear()
+
+
 def test_peeking() -> None:
     """The traces can be read while the request goes on, and are complete in the end all the same."""
     with request() as traces, mlflow.start_span("root") as root:
@@ -292,6 +534,45 @@ def test_counters() -> None:
     (snapshot,) = traces.seal()
     kept = snapshot.spans[0]._attributes.values["mlflow.spanInputs"]  # type: ignore[union-attr]
     assert kept["text"] is text
+
+
+def test_bytes_of_values_that_are_overwritten() -> None:
+    """What a span no longer holds does not count: a stream's outputs may be set anew with every chunk."""
+    with request() as traces, mlflow.start_span("root") as span:
+        outputs = ""
+        for _ in range(1_000):
+            outputs += "0123456789"
+            span.set_outputs(outputs)
+            span.set_attribute("text", outputs)
+    assert 20_000 < traces.nbytes < 22_000
+    traces.seal()
+
+
+def test_circular_values_are_copied_once() -> None:
+    """A value that contains itself costs what its parts cost, not that for each of many levels."""
+    conversions = []
+
+    class Part:
+        def __str__(self) -> str:
+            conversions.append(self)
+            return "part"
+
+        __repr__ = __str__
+
+    value: dict[str, Any] = {"parts": [Part() for _ in range(10)]}
+    value["self"] = [value]
+    text, _ = snapshot(value)
+    assert "part" in text.text
+    assert len(conversions) <= 3 * 10
+
+
+def test_lists_of_mixed_numbers_are_copied_at_once() -> None:
+    """Integers among the floats of a long list do not make it be walked element by element."""
+    numbers = [0.5, 1, None] * 100_000
+    assert uniform_size(numbers) == 0
+    assert uniform_size([*numbers, []]) is None
+    assert snapshot(numbers)[0] == numbers
+    assert snapshot([*numbers, float("nan")])[0][-1].text == "NaN"
 
 
 def test_more_traces_than_mlflow_holds() -> None:
@@ -353,6 +634,73 @@ def test_span_processors() -> None:
     mlflow.tracing.configure(span_processors=[])
     assert trace.data.spans[0].inputs == {"user": "me", "password": "***"}
     assert trace.info.request_preview == '{"user": "me", "password": "***"}'
+
+
+def bad_status(span: Any) -> None:
+    span.end(status=123)
+
+
+def bad_type(span: Any) -> None:
+    span.set_span_type(["unhashable"])
+    span.end()
+
+
+def bad_attributes(span: Any) -> None:
+    span.end(attributes=[1])
+
+
+def bad_status_text(span: Any) -> None:
+    span.set_attribute("mlflow.spanType", {"a": 1})
+    span.end(status="nonsense")
+
+
+def bad_processor(span: Any) -> None:
+    mlflow.tracing.configure(span_processors=[lambda _: 1 / 0])
+    span.end()
+    mlflow.tracing.configure(span_processors=[])
+
+
+@pytest.mark.parametrize("end", [bad_status, bad_type, bad_attributes, bad_status_text, bad_processor])
+def test_ends_that_fail(end: Callable[[Any], None], caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever an agent ends a span with, the span ends, and the agent goes on."""
+    with request() as traces:
+        span = mlflow.start_span_no_context("root", inputs="question")
+        end(span)
+        assert traces.is_complete()
+    caplog.clear()  # warnings, as MLflow's
+    (trace,) = sealed(traces)
+    assert trace.info.state == "OK"
+    assert trace.data.spans[0].inputs == "question"
+
+
+def test_an_event_without_attributes() -> None:
+    """An event may have None for its attributes, as in MLflow."""
+
+    def agent() -> None:
+        with mlflow.start_span("root") as span:
+            span.add_event(SpanEvent("bare", attributes=None))  # type: ignore[arg-type]
+
+    assert [event.name for event in record(agent).data.spans[0].events] == ["bare"]
+
+
+def test_a_processor_that_raises() -> None:
+    """A failing span processor of the application does not fail the agent."""
+    code = """
+import mlflow
+from opentelemetry import trace
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+provider = TracerProvider()
+trace.set_tracer_provider(provider)
+class Failing(SpanProcessor):
+    def on_end(self, span):
+        raise RuntimeError("exporter bug")
+from tests.serving.tracing_agents import request, sealed
+with request() as traces:
+    provider.add_span_processor(Failing())
+    mlflow.start_span_no_context("root", inputs=1).end()
+assert [len(t.data.spans) for t in sealed(traces)] == [1]
+"""
+    assert "exporter bug" in run(code, MLFLOW_USE_DEFAULT_TRACER_PROVIDER="false")
 
 
 def test_last_active_trace_id() -> None:
@@ -527,10 +875,64 @@ def test_odd_infos() -> None:
             span.set_attribute("mlflow.chat.tokenUsage", {"input_tokens": None, "output_tokens": 2})
 
     trace = record(lambda: agent([{"role": "user", "content": parts}]))
-    assert trace.data.spans[0].name == "name \ud800"
-    assert trace.info.tags["tag"] == "\\udfff"
+    assert trace.data.spans[0].name == "name \ufffd"
+    assert trace.info.tags["tag"] == "\ufffd"
     assert trace.info.tags["5"] == "number"
     assert trace.info.token_usage == {"input_tokens": 0, "output_tokens": 2, "total_tokens": 0}
+
+
+def test_half_characters() -> None:
+    """A lone surrogate anywhere in a trace fails no reader, of which one would fail for the whole table."""
+    half = "half \ud83d"
+
+    @mlflow.trace
+    def failing() -> None:
+        raise ValueError(half)
+
+    def agent() -> None:
+        with mlflow.start_span(half, attributes={half: [half]}) as span:
+            span.set_inputs({half: half, "deep": [nested(300), half], "whole": "\U0001f600"})
+            span.set_outputs(half)
+            span._span.set_attribute("text", json.dumps({"half": half}))
+            span.add_event(SpanEvent("chunk", attributes={"message": half}))
+            with contextlib.suppress(ValueError):
+                failing()
+
+    with request() as traces:
+        agent()
+    [encoded] = [snapshot.encode() for snapshot in traces.seal()]
+    root = orjson.loads(encoded.json)["data"]["spans"][0]
+    reader = duckdb.connect()
+    for text in [encoded.json.decode(), encoded.info.decode(), *root["attributes"].values()]:
+        assert reader.execute("SELECT json(?)", [text]).fetchone() is not None
+    query = "SELECT json_extract_string(?, '$.data.spans[1].events[0].attributes.\"exception.message\"')"
+    assert reader.execute(query, [encoded.json.decode()]).fetchone() == ("half \ufffd",)
+    assert root["name"] == "half \ufffd"
+    assert json.loads(root["attributes"]["mlflow.spanInputs"])["whole"] == "\U0001f600"
+    assert json.loads(root["attributes"]["text"]) == {"half": "half \ufffd"}
+
+
+def test_inputs_at_the_limit_of_nesting() -> None:
+    """Inputs that Python can write as JSON but not read again do not cost the trace."""
+    for levels in range(900, 1000):
+        with request() as traces, mlflow.start_span("root") as span:
+            span.set_inputs(nested(levels))
+        [encoded] = [snapshot.encode() for snapshot in traces.seal()]
+        assert encoded.state == "OK"
+        assert b"request_preview" in encoded.info
+
+
+def test_chunks_that_are_no_json() -> None:
+    """A generator's chunks that are no JSON are left out of its outputs, not the trace."""
+    with request() as traces:
+        span = mlflow.start_span_no_context("root")
+        for chunk in ('{"a": 1}', "not json", "NaN"):
+            event = SpanEvent("mlflow.chunk.item.0", attributes={"mlflow.chunk.value": chunk})
+            span.add_event(event)
+        (trace,) = sealed(traces)
+        span.end()
+    assert str(trace.data.spans[0].outputs) == "[{'a': 1}, nan]"
+    assert len(trace.data.spans[0].events) == 3
 
 
 def test_otel_spans() -> None:
@@ -593,6 +995,54 @@ chat()
 assert again.seal() == []
 """
     run(code, MLFLOW_USE_DEFAULT_TRACER_PROVIDER="false")
+
+
+def test_sharing_the_application_s_provider_outside_of_requests() -> None:
+    """On a shared provider, spans of no recorded request end, reach the app's exporter, and leave nothing."""
+    code = """
+import mlflow
+from opentelemetry import trace
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+provider = TracerProvider()
+trace.set_tracer_provider(provider)
+from inference_table import metrics
+from mlflow.tracing.trace_manager import InMemoryTraceManager
+from serving import tracing
+from tests.serving.tracing_agents import chat, request, sealed
+tracing.ensure_installed()
+class Watching(SpanProcessor):
+    seen = []
+    def on_end(self, span):
+        self.seen.append((span.name, span.attributes.get("mlflow.spanOutputs")))
+provider.add_span_processor(Watching())  # later than ours
+def agent():
+    with mlflow.start_span("outer") as span:
+        assert mlflow.get_current_active_span() is span
+        chat()
+        span.set_outputs("out")
+def orphans():
+    return metrics.ORPHAN_TRACES._value.get()
+agent()
+assert orphans() == 1
+assert len(Watching.seen) == 5 and Watching.seen[-1] == ("outer", '"out"'), Watching.seen
+token = tracing.CURRENT.set(tracing.SKIPPED)
+agent()
+tracing.CURRENT.reset(token)
+assert orphans() == 1
+assert len(Watching.seen) == 10, Watching.seen
+with trace.get_tracer("server").start_as_current_span("the app's own"):
+    pass
+assert orphans() == 1
+with mlflow.start_span("around"), request() as traces:
+    chat()
+assert [len(t.data.spans) for t in sealed(traces)] == [4]
+assert Watching.seen[-2] == ("chat_agent", '"done"'), Watching.seen
+assert orphans() == 2
+assert metrics.LATE_SPANS._value.get() == 0
+manager = InMemoryTraceManager.get_instance()
+assert len(manager._traces) == len(manager._otel_id_to_mlflow_trace_id) == 0
+"""
+    assert run(code, MLFLOW_USE_DEFAULT_TRACER_PROVIDER="false") == ""
 
 
 def test_other_processors() -> None:
