@@ -4,16 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
+# Most tests wait for servers and commits, so more of them than there are cores run side by side.
+PARALLEL := --numprocesses 4 --dist worksteal
+
 .PHONY: demo test test-all lint format bench clean
 
 demo: $(VENV)/.demo  ## serve a real agent, send real requests, look at the table
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.test  ## the core tests: a few minutes
-	$(BIN)/pytest -m "not heavy"
+	$(BIN)/pytest -m "not heavy" $(PARALLEL)
 
 test-all: $(VENV)/.test-all  ## the tests that need the heavy extras
-	$(BIN)/pytest -m heavy
+	$(BIN)/pytest -m heavy $(PARALLEL)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
