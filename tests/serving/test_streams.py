@@ -393,8 +393,11 @@ def test_what_counts_as_a_stream(content_type: str, expected: bool) -> None:
 
 
 def test_nesting_beyond_python_stays_text() -> None:
-    """An event of 1,000 levels, or a delta of 900, cannot be put together: all events are kept as text."""
-    for value in ("[" * 1000 + "]" * 1000, '{"choices":[{"delta":' + '{"a":' * 900 + "1" + "}" * 900 + "}]}"):
+    """An event, or a delta, of 5,000 levels cannot be put together: all events are kept as text."""
+    for value in (
+        "[" * 5000 + "]" * 5000,
+        '{"choices":[{"delta":' + '{"a":' * 5000 + "1" + "}" * 5000 + "}]}",
+    ):
         stream = aggregate(f"data: {value}\n\ndata: x\n\n".encode())
         assert stream.value == {"events": [value, "x"]}
         assert stream.events == 2
