@@ -134,6 +134,7 @@ class Exchange:
         self._transmit = send
         self.start_sent = False
         self._left = float("inf")
+        self.app_returned = False
         self.is_request_read = False
         self.is_request_complete = False
         self._response_complete = False
@@ -257,8 +258,10 @@ class Exchange:
         return self.traces.nbytes
 
     def is_ready(self) -> bool:
-        finished = self.finished_ns or 0
-        return self.traces.is_complete() or perf_counter_ns() - finished >= self._grace_ns
+        # An app that has not returned yet runs background tasks, whose spans may not have begun.
+        if self.app_returned and self.traces.is_complete():
+            return True
+        return perf_counter_ns() - (self.finished_ns or 0) >= self._grace_ns
 
     def drop_traces(self) -> None:
         self.traces_dropped = True

@@ -105,6 +105,7 @@ class Recorder:
             if gate is not None:
                 await gate.ended()
         finally:
+            exchange.app_returned = True
             with FINISH:
                 exchange.finish()
 

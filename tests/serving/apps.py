@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -109,6 +110,7 @@ def make_app() -> FastAPI:
     @app.post("/background")
     async def background() -> JSONResponse:
         def after() -> None:
+            time.sleep(0.2)  # longer than the writer gathers records for a segment
             answer("in the background")
 
         return JSONResponse({"ok": True}, background=BackgroundTask(after))

@@ -60,6 +60,10 @@ def counted(counter: Any) -> float:
 def clean(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Each test starts with an MLflow as after import, leaves nothing in its manager, and logs no warning."""
     mlflow.tracing.reset()
+    manager = InMemoryTraceManager.get_instance()
+    with manager._lock:  # streams that other tests left open lie there until MLflow's own time-out
+        manager._traces.clear()
+        manager._otel_id_to_mlflow_trace_id.clear()
     logging.getLogger("mlflow").propagate = True
     before = managed()
     with caplog.at_level(logging.WARNING):
