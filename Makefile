@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # Most tests wait for servers and commits, so more of them than there are cores run side by side.
 PARALLEL := --numprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all test-heavy lint format bench clean
 
 demo: $(VENV)/.demo  ## serve a real agent, send real requests, look at the table
 	$(BIN)/python -m examples.demo
@@ -15,7 +15,11 @@ demo: $(VENV)/.demo  ## serve a real agent, send real requests, look at the tabl
 test: $(VENV)/.test  ## the core tests: a few minutes
 	$(BIN)/pytest -m "not heavy" $(PARALLEL)
 
-test-all: $(VENV)/.test-all  ## the tests that need the heavy extras
+# In an environment of its own: full MLflow takes the place of the light SDK that the core is tested with.
+test-all:  ## the tests that take long or need the heavy extras
+	@$(MAKE) --no-print-directory VENV=.venv-all test-heavy
+
+test-heavy: $(VENV)/.test-all
 	$(BIN)/pytest -m heavy $(PARALLEL)
 
 lint: $(VENV)/.lint
@@ -31,7 +35,7 @@ bench: $(VENV)/.bench  ## rough figures for added latency on this machine
 	$(BIN)/python -m benchmarks.added_latency
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-all build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
