@@ -9,7 +9,7 @@ What holds:
 - ``put`` costs the request path no more than a queue's append; it never blocks and never raises.
 - Memory is bounded by one :class:`MemoryBudget` per process: bodies in flight, queued records and those
   being encoded. What does not fit is dropped and counted.
-- A record reaches the spool within 50 ms, unless its trace is still open or the threads can't keep up.
+- A record reaches the spool within 50 ms, unless it waits for open spans, or the threads can't keep up.
 - A durable record (strict, committed) is resolved only after ``Spool.append(sync=True)`` returned for it, or
   after its segment left the spool because it was committed. All that wait share one fsync.
 - Threads start at the first record or at :meth:`Writer.start`, so after a fork; a forked child starts anew.
