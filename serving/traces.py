@@ -44,6 +44,7 @@ __all__ = [
     "RequestTraces",
     "Unrecorded",
     "owner_of",
+    "put_under",
 ]
 
 OWNER: Final = "_tracelake_trace"
@@ -157,7 +158,7 @@ class RequestTraces(Meter):
 
     def _settle(self, span: OTelSpan) -> None:
         """Put a root span of this request under the remote parent, or free it from what surrounds it all."""
-        parent, context = span.parent, span.context
+        parent = span.parent
         if parent is not None and parent.is_remote:
             return
         if self.parent is not None:
@@ -166,10 +167,7 @@ class RequestTraces(Meter):
             trace_id = IDS.generate_trace_id()
         else:
             return
-        span._parent = self.parent
-        span._context = SpanContext(
-            trace_id, context.span_id, context.is_remote, context.trace_flags, context.trace_state
-        )
+        put_under(span, self.parent, trace_id)
 
     @property
     def surrounding_id(self) -> int | None:
@@ -346,6 +344,17 @@ def owner_of(span: Any) -> RecordedTrace | None:
     """The trace in which an OpenTelemetry span is recorded."""
     owner: RecordedTrace | None = getattr(span, OWNER, None)
     return owner
+
+
+def put_under(span: OTelSpan, parent: SpanContext | None, trace_id: int | None = None) -> None:
+    """Give a span that has just started another parent, and the trace of that, or ``trace_id``."""
+    context = span.context
+    if trace_id is None:
+        trace_id = context.trace_id if parent is None else parent.trace_id
+    span._parent = parent
+    span._context = SpanContext(
+        trace_id, context.span_id, context.is_remote, context.trace_flags, context.trace_state
+    )
 
 
 def remote_span(traceparent: str | None) -> SpanContext | None:

@@ -3,7 +3,8 @@
 MLflow starts spans on the OpenTelemetry ``TracerProvider`` that ``mlflow.tracing.provider.provider`` holds.
 Ours takes its place: its sampler decides which spans are recorded, its processor registers a
 :class:`~serving.spans.RecordedSpan` for each, which MLflow then hands to the agent. No function of MLflow or
-OpenTelemetry is patched. MLflow's own processors, if they are wanted, hang behind ours and get every span.
+OpenTelemetry is patched (of Python, two: :mod:`serving.threads`). MLflow's own processors, if they are
+wanted, hang behind ours and get every span.
 
 ``mlflow.tracing.reset()``, ``enable()``, ``set_destination()`` and ``mlflow.set_experiment()`` put MLflow's
 provider back. Before each span MLflow asks a ``Once`` whether its provider is initialised; ours answers by
@@ -22,6 +23,7 @@ Private names of MLflow, tested with 3.17.2, used in the modules that make up th
 - ``trace_info``: ``tracing.provider._MLFLOW_TRACE_USER_DESTINATION``; ``tracking.fluent``:
   ``_get_latest_active_run``, ``_get_active_model_id_global``, ``_active_experiment_id``;
   ``tracing.context``; ``tracing.utils.environment``.
+- ``nesting``, ``threads``: ``tracing.provider``: ``get_current_context``, ``mlflow_runtime_context``.
 - ``spans``: ``entities.span``: the fields of ``LiveSpan``, ``_SpanAttributesRegistry``,
   ``_link_from_otel_link``; ``tracing.fluent._set_last_active_trace_id``; ``tracing.utils.processor``,
   ``tracing.utils.default_log_level``.
@@ -63,9 +65,11 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace import Span as OTelSpan
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision, Sampler, SamplingResult
-from opentelemetry.trace import Link, NoOpTracerProvider, SpanContext, SpanKind, TraceState, get_current_span
+from opentelemetry.trace import Link, NoOpTracerProvider, SpanKind, TraceState
 
 from inference_table import metrics
+from serving.nesting import enclosing_span, was_sampled_out
+from serving.threads import carry_into_threads
 from serving.trace_json import TraceSnapshot
 from serving.traces import (
     CURRENT,
@@ -75,6 +79,7 @@ from serving.traces import (
     RequestTraces,
     Unrecorded,
     owner_of,
+    put_under,
 )
 
 __all__ = ["CURRENT", "SKIPPED", "RequestTraces", "TraceSnapshot", "ensure_installed"]
@@ -107,13 +112,11 @@ class RequestSampler(Sampler):
         links: Sequence[Link] | None = None,
         trace_state: TraceState | None = None,
     ) -> SamplingResult:
-        parent = get_current_span(parent_context)
+        parent = enclosing_span(parent_context)
         context = parent.get_span_context()
         if (owner := owner_of(parent)) is not None:
             wanted = self._is_wanted(owner.request)
-        elif is_local(context) and not context.trace_flags.sampled and not surrounds_request(context):
-            wanted = False  # its parent was not sampled
-        elif not self._is_wanted(CURRENT.get()):
+        elif was_sampled_out(parent) or not self._is_wanted(CURRENT.get()):
             wanted = False
         elif context is not None and context.trace_flags.sampled:
             wanted = True
@@ -137,15 +140,6 @@ def is_recorded(request: RequestTraces) -> bool:
     return not isinstance(request, Unrecorded)
 
 
-def is_local(context: SpanContext | None) -> bool:
-    return context is not None and context.is_valid and not context.is_remote
-
-
-def surrounds_request(context: SpanContext) -> bool:
-    request = CURRENT.get()
-    return request is not None and context.span_id == request.surrounding_id
-
-
 class RequestSpanProcessor(SpanProcessor):
     """Gives each span of a captured request to its :class:`RequestTraces`.
 
@@ -162,12 +156,15 @@ class RequestSpanProcessor(SpanProcessor):
 
     def on_start(self, span: OTelSpan, parent_context: Context | None = None) -> None:
         started = perf_counter_ns()
-        trace = owner_of(get_current_span(parent_context))
+        parent = enclosing_span(parent_context)
+        trace = owner_of(parent)
         request = CURRENT.get() or OUTSIDE
         if trace is not None and isinstance(trace.request, Unrecorded) and is_recorded(request):
             trace = None  # what surrounds a request does not swallow it
         if trace is not None:
             request = trace.request
+        if trace is not None and span.parent != parent.get_span_context():
+            put_under(span, parent.get_span_context())
         if is_recorded(request) or self._keeps(span, has_owner=trace is not None):
             request.start(span, trace, self._watched if is_watched(span) else self._alone)
             request.overhead_ns += perf_counter_ns() - started
@@ -330,6 +327,7 @@ def ensure_installed() -> None:
 
 
 def adopt(once: Once) -> Installation:
+    carry_into_threads()
     installation = Installation(done=once._done)
     if MLFLOW_USE_DEFAULT_TRACER_PROVIDER.get():
         mlflow_provider.provider._isolated_tracer_provider_once = installation

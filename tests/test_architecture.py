@@ -18,6 +18,8 @@ TOUCH_MLFLOW = {
     "deploy/span_tree.py": "draws mlflow.entities.Trace",
     "serving/tracing.py": "trace collection",
     "serving/traces.py": "trace collection",
+    "serving/nesting.py": "trace collection",
+    "serving/threads.py": "trace collection",
     "serving/spans.py": "trace collection",
     "serving/snapshot.py": "trace collection",
     "serving/trace_info.py": "trace collection",
