@@ -26,7 +26,7 @@ from serving.exchange import Body, Exchange, header_text
 from serving.redaction import Redact, redacted
 from serving.settings import CaptureSettings
 from serving.streams import aggregate, is_stream, stream_facts
-from serving.tracing import TraceSnapshot
+from serving.tracing import TraceSnapshot, is_export_wanted
 
 __all__ = ["RowEncoder"]
 
@@ -55,8 +55,11 @@ class RowEncoder:
 
     def output(self, exchange: Exchange) -> DatabricksOutput:
         """What a client that may ask for its trace gets: the traces as they are now."""
-        traces = [snapshot.encode() for snapshot in exchange.traces.peek()]
-        return DatabricksOutput(exchange.request_id, traces)
+        snapshots = exchange.traces.peek()
+        if not is_export_wanted():
+            for snapshot in snapshots:
+                snapshot.leave_experiment()
+        return DatabricksOutput(exchange.request_id, [snapshot.encode() for snapshot in snapshots])
 
     def encode(self, exchange: Exchange) -> Row:
         """The row of a finished exchange. Seals its traces."""
@@ -210,17 +213,28 @@ def aggregate_stream(exchange: Exchange, response: Part) -> dict[str, Any] | Non
     """Replace a streamed body by what it adds up to; what is known of the stream, None for other bodies."""
     if not is_stream(response.media_type):
         return None
-    stream = aggregate(response.body, response.media_type)
+    body, media_type = response.body, response.media_type
+    stream = aggregate(body, media_type)
+    if exchange.disconnected and stream.ended and aggregate(body[: exchange.sent_bytes], media_type).ended:
+        exchange.disconnected = False  # it left at the end marker, as OpenAI's clients do, with all there was
     if response.missing == 0:
         response.body, response.media_type = stream.body, "application/json"
     return stream_facts(
         stream,
-        time_to_first_event_ms=milliseconds(exchange.started_ns, exchange.first_byte_ns),
-        largest_gap_ms=exchange.largest_gap_ns // 1_000_000,
+        time_to_first_event_ms=milliseconds(exchange.started_ns, exchange.first_event_ns),
+        largest_gap_ms=largest_gap_ms(exchange),
         clean_end=not (exchange.is_cut_off or exchange.disconnected),
         cut_off_by_client=exchange.disconnected,
         error=exchange.error,
     )
+
+
+def largest_gap_ms(exchange: Exchange) -> int:
+    """The longest wait for an event, in vain too: the client left, or the agent failed."""
+    gap_ns = exchange.largest_gap_ns
+    if (exchange.is_cut_off or exchange.disconnected) and exchange.last_event_ns is not None:
+        gap_ns = max(gap_ns, (exchange.finished_ns or 0) - exchange.last_event_ns)
+    return gap_ns // 1_000_000
 
 
 def exceeded(name: str, body: Body) -> str:

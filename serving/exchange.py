@@ -29,6 +29,10 @@ CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's status for a client that left before its reply was complete."""
 INTERNAL_SERVER_ERROR: Final = 500
 
+NO_EVENT: Final = (b":", b"retry:", b"id:")
+"""How a chunk of a stream begins that is no event: a comment, which keeps proxies waiting, or a setting."""
+HEAD: Final = 16
+"""Bytes of a chunk that tell whether it is one: line ends, then the beginning of a line."""
 OURS: Final = frozenset({REQUEST_ID_HEADER, DURABILITY_HEADER})
 """An agent may pass on what another endpoint of ours answered; the reply's own headers are for its row."""
 FINISH: Final = Border("finish")
@@ -124,8 +128,12 @@ class Exchange:
         self.error: str | None = None
         """What the app raised, as text: the exception itself would keep the request alive."""
         self.first_byte_ns: int | None = None
-        self.last_byte_ns: int | None = None
+        self.first_event_ns: int | None = None
+        self.last_event_ns: int | None = None
         self.largest_gap_ns = 0
+        """Longest wait between two chunks that are events, if the reply is a stream."""
+        self.sent_bytes = 0
+        """Of the reply's body, while the client was there as far as is known."""
         self.finished_ns: int | None = None
         self.reserved_bytes = 0
         self.reply: Send = self.transmit
@@ -174,6 +182,8 @@ class Exchange:
             # How servers tell an app that its client is gone (ASGI 2.4).
             self.disconnected = True
             raise
+        if not self.disconnected:
+            self.sent_bytes += len(message.get("body", b""))
         if self._response_complete:
             with FINISH:
                 self.finish()
@@ -200,18 +210,24 @@ class Exchange:
 
     def _observe_body(self, message: Message, now: int) -> None:
         body = message.get("body", b"")
+        if not self._response_complete:
+            self.disconnected = self.disconnected or has_left(self._receive)
         if body and not self._handed_over:
             self.reserved_bytes += self.response.add(body, self._budget)
-            if self.last_byte_ns is None:
-                self.first_byte_ns = now
-            else:
-                self.largest_gap_ns = max(self.largest_gap_ns, now - self.last_byte_ns)
-            self.last_byte_ns = now
+            self.first_byte_ns = self.first_byte_ns or now
+            if self.response.encoding or is_event(body):
+                self._observe_event(now)
         # A client takes a reply of known length for complete before the empty message that ends it.
         self._left -= len(body)
         if not message.get("more_body", False) or self._left <= 0:
             self._response_complete = True
-            self.disconnected = self.disconnected or has_left(self._receive)
+
+    def _observe_event(self, now: int) -> None:
+        if self.last_event_ns is None:
+            self.first_event_ns = now
+        else:
+            self.largest_gap_ns = max(self.largest_gap_ns, now - self.last_event_ns)
+        self.last_event_ns = now
 
     # --- the end ---
 
@@ -276,6 +292,14 @@ def content_length(headers: Iterable[tuple[bytes, bytes]]) -> float:
         if name.lower() == b"content-length" and value.isdigit():
             return float(value)
     return float("inf")
+
+
+def is_event(chunk: bytes) -> bool:
+    """Whether a chunk of a stream holds an event, or a part of one. Looks at its beginning only."""
+    head = bytes(chunk[:HEAD]).lstrip(b"\r\n")
+    if not head.startswith(NO_EVENT):
+        return bool(head) or len(chunk) > HEAD
+    return b"\ndata" in bytes(chunk).replace(b"\r", b"\n")
 
 
 def has_left(receive: Receive) -> bool:

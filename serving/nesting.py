@@ -13,7 +13,7 @@ from opentelemetry.trace import Span, SpanContext, get_current_span
 
 from serving.traces import CURRENT, owner_of
 
-__all__ = ["enclosing_span", "was_sampled_out"]
+__all__ = ["enclosing_span", "surrounds_request", "was_sampled_out"]
 
 
 def enclosing_span(parent_context: Context | None) -> Span:

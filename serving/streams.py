@@ -75,12 +75,12 @@ def stream_facts(
     cut_off_by_client: bool,
     error: str | None = None,
 ) -> dict[str, object]:
-    """``databricks_output.stream``: what the aggregated object does not say any more.
+    """``databricks_output.stream``: what the aggregated object does not say any more. Times only of events.
 
     Args:
         stream: the aggregated stream.
-        time_to_first_event_ms: from the request's first byte to the first bytes of the stream.
-        largest_gap_ms: longest wait between two chunks.
+        time_to_first_event_ms: from the request's first byte to the first chunk that is no mere comment.
+        largest_gap_ms: longest wait for another event.
         clean_end: whether the agent closed the stream by itself.
         cut_off_by_client: whether the client left before.
         error: why the agent failed midway, where it raised; else what an error event said.
@@ -88,8 +88,8 @@ def stream_facts(
     failure = error or stream.error
     return {
         "events": stream.events,
-        "time_to_first_event_ms": time_to_first_event_ms,
-        "largest_gap_ms": largest_gap_ms,
+        "time_to_first_event_ms": time_to_first_event_ms if stream.events else None,
+        "largest_gap_ms": largest_gap_ms if stream.events else None,
         "ended": stream.ended or clean_end,
         "cut_off_by_client": cut_off_by_client,
         # An exception's text may hold surrogates, which UTF-8 has no bytes for.

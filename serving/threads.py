@@ -80,7 +80,7 @@ def carrying_start(start: Callable[[threading.Thread], None]) -> Any:
             carried = Carried(self.run)
 
             def run() -> None:
-                del self.run  # or thread and method keep each other alive
+                vars(self).pop("run", None)  # or thread and method keep each other alive
                 carried()
 
             self.run = run  # type: ignore[method-assign]

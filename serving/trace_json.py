@@ -16,6 +16,7 @@ from typing import Any, Final, cast
 import orjson
 from mlflow.entities.span import LiveSpan
 from mlflow.entities.trace_info import TraceInfo
+from mlflow.entities.trace_location import MlflowExperimentLocation, TraceLocation, TraceLocationType
 from mlflow.entities.trace_state import TraceState
 from mlflow.environment_variables import MLFLOW_MODEL_CATALOG_URI
 from mlflow.tracing.constant import (
@@ -50,6 +51,7 @@ __all__ = ["SpanState", "TraceSnapshot", "read_span"]
 ROUTING_PREFIXES: Final = ("gateway:/", "endpoints:/")
 """Model names that MLflow knows to be routes: no price list has them."""
 FROM_OTEL: Final = "\0otel"
+NO_EXPERIMENT: Final = MlflowExperimentLocation(None)  # type: ignore[arg-type] # as in MLflow's own serving
 
 
 @dataclass(slots=True)
@@ -171,6 +173,14 @@ class TraceSnapshot:
             output_tokens=usage[TokenUsageKey.OUTPUT_TOKENS] if usage else None,
             total_cost_usd=cost[CostKey.TOTAL_COST] if cost else None,
         )
+
+    def leave_experiment(self) -> None:
+        """Say that the trace is in no experiment, for a client that gets it.
+
+        ``mlflow.genai.to_predict_fn`` copies it into the client's experiment, but not a trace that names that
+        one already, and as often as not both are the default's.
+        """
+        self.info.trace_location = TraceLocation(TraceLocationType.MLFLOW_EXPERIMENT, NO_EXPERIMENT)
 
     def _complete_info(
         self, states: list[SpanState], usage: dict[str, int] | None, cost: dict[str, float] | None

@@ -70,8 +70,11 @@ class RequestTraces(Meter):
         super().__init__()
         self.request_id = request_id
         self.parent = remote_span(parent)
-        # What is active outside the request is not the request's: a span around a whole server, say.
-        self.surrounding = get_current_span(get_current_context()).get_span_context()
+        # What is active outside the request is not the request's: a span around a whole server, say, or that
+        # of another request: uvicorn starts a pipelined one in its context.
+        surrounding = get_current_span(get_current_context())
+        self.surrounding = surrounding.get_span_context()
+        self._is_surrounding_recorded = owner_of(surrounding) is not None
         self._traces: dict[int, RecordedTrace] = {}
         self._open: list[OTelSpan] = []
         self._late_beginnings = 0
@@ -163,7 +166,11 @@ class RequestTraces(Meter):
             return
         if self.parent is not None:
             trace_id = self.parent.trace_id
-        elif parent is not None and parent.span_id == self.surrounding_id and not parent.trace_flags.sampled:
+        elif (
+            parent is not None
+            and parent.span_id == self.surrounding_id
+            and (self._is_surrounding_recorded or not parent.trace_flags.sampled)
+        ):
             trace_id = IDS.generate_trace_id()
         else:
             return

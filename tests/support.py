@@ -1,6 +1,7 @@
 """Real parts for tests: servers over sockets, processes that can be killed, tables to read back."""
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -130,13 +131,22 @@ def rows(table: Path | str, where: str = "true") -> list[dict[str, Any]]:
     files = DeltaTable(str(table)).file_uris()
     if not files:
         return []
-    connection = duckdb.connect()
-    relation = connection.sql(
-        f"select * from read_parquet({files!r}, hive_partitioning=true, union_by_name=true)"
-        f" where {where} order by databricks_request_id"
+    relation = (
+        duckdb_connection()
+        .cursor()
+        .sql(
+            f"select * from read_parquet({files!r}, hive_partitioning=true, union_by_name=true)"
+            f" where {where} order by databricks_request_id"
+        )
     )
     found: list[dict[str, Any]] = relation.to_arrow_table().to_pylist()
     return found
+
+
+@functools.cache
+def duckdb_connection() -> duckdb.DuckDBPyConnection:
+    """One for all reads: making one takes longer than reading."""
+    return duckdb.connect()
 
 
 def output_of(row: Mapping[str, Any]) -> dict[str, Any]:

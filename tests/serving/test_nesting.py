@@ -110,11 +110,19 @@ def answer_another_request() -> Any:
         return traces
 
 
-def test_sampled_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a sampling ratio, a trace of both kinds of spans is recorded whole or not at all."""
-    monkeypatch.setenv("MLFLOW_TRACE_SAMPLING_RATIO", "0.5")
+@pytest.fixture
+def half_sampled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as environment:
+        environment.setenv("MLFLOW_TRACE_SAMPLING_RATIO", "0.5")
+        mlflow.tracing.reset()
+        tracing.ensure_installed()
+        yield
     mlflow.tracing.reset()
-    tracing.ensure_installed()
+
+
+@pytest.mark.usefixtures("tracer")  # which takes the sampler away again
+def test_sampled_as_a_whole(half_sampled: None) -> None:
+    """With a sampling ratio, a trace of both kinds of spans is recorded whole or not at all."""
     tracer = get_bridged_tracer_provider().get_tracer("instrumentor")
     found = [sizes(answer_with_both(tracer)) for _ in range(40)]
     assert {tuple(size) for size in found} == {(), (3,)}

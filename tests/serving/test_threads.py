@@ -169,6 +169,23 @@ def test_failures_come_out_as_ever() -> None:
             thread.start()
 
 
+def test_a_start_that_is_refused_can_be_tried_again() -> None:
+    """A thread that the system had no room for does its work when it is started later."""
+    done: list[str] = []
+    with request() as traces, mlflow.start_span("root"):
+        thread = threading.Thread(target=lambda: done.append(work("late")))
+        before = threading.stack_size(2**46)  # more than there is
+        try:
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                thread.start()
+        finally:
+            threading.stack_size(before)
+        thread.start()
+        thread.join()
+    assert done == ["late"]
+    assert parents(traces) == {"root": None, "late": "root"}
+
+
 def test_a_finished_thread_is_not_kept_alive() -> None:
     """A thread of a request is gone when nobody holds it, without the garbage collector's help."""
     gc.disable()
