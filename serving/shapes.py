@@ -3,9 +3,11 @@
 - Chat completion chunks: a ``chat.completion``; legacy completions too.
 - Responses API events: the ``response`` of the final event, or, where there is none (MLflow's
   ``ResponsesAgent``, a cut-off stream), one of the items that are done and what is there of the others.
+- Anthropic's events: the message.
 - MLflow's ``ChatAgentChunk``: ``{"messages": [...]}``.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -267,4 +269,96 @@ class ChatAgent:
         return {"messages": [_settled(message) for message in self._messages.values()], **self._top}
 
 
-SHAPES: Final[tuple[type[Shape], ...]] = (ChatCompletion, Response, ChatAgent)
+MESSAGE_EVENTS: Final = frozenset(
+    {
+        "message_start",
+        "content_block_start",
+        "content_block_delta",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    }
+)
+HELPER_EVENTS: Final = frozenset({"text", "input_json", "thinking", "citation"})
+"""What the helper of Anthropic's client adds to them, each with a ``snapshot`` of what came before."""
+
+
+@dataclass
+class OpenBlock:
+    """A content block: as it was started, and the texts that came since."""
+
+    block: dict[str, Any]
+    texts: dict[str, Text] = field(default_factory=dict)
+    citations: list[Any] = field(default_factory=list)
+
+    def add(self, delta: Mapping[str, Any]) -> None:
+        for key, value in delta.items():
+            if key == "citation":
+                self.citations.append(value)
+            elif key != "type" and isinstance(value, str):
+                self.texts.setdefault(key, Text()).append(value)
+
+    def result(self) -> dict[str, Any]:
+        block = dict(self.block)
+        for key, parts in self.texts.items():
+            text = "".join(parts)
+            if key == "partial_json":
+                block["input"] = _json_or_text(text)
+            else:
+                old = block.get(key)
+                block[key] = old + text if isinstance(old, str) else text
+        if self.citations:
+            block["citations"] = [*(block.get("citations") or []), *self.citations]
+        return block
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text) if text else {}
+    except ValueError:  # cut off
+        return text
+
+
+class Message:
+    """Events of Anthropic's Messages API."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._message: dict[str, Any] = {"type": "message", "role": "assistant"}
+        self._blocks: dict[int, OpenBlock] = {}
+
+    @staticmethod
+    def accepts(value: Any) -> bool:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if not isinstance(kind, str):
+            return False
+        return kind in MESSAGE_EVENTS or (kind in HELPER_EVENTS and "snapshot" in value)
+
+    def add(self, value: dict[str, Any]) -> None:
+        kind, index = value["type"], value.get("index")
+        number = index if isinstance(index, int) else 0
+        self.ended = self.ended or kind == "message_stop"
+        if kind == "message_start" and isinstance(value.get("message"), dict):
+            self._message = dict(value["message"])
+        elif kind == "content_block_start" and isinstance(value.get("content_block"), dict):
+            self._blocks[number] = OpenBlock(value["content_block"])
+        elif kind == "content_block_delta" and isinstance(value.get("delta"), dict):
+            self._blocks.setdefault(number, OpenBlock({"type": "text"})).add(value["delta"])
+        elif kind == "message_delta":
+            self._add_ending(value)
+
+    def _add_ending(self, value: dict[str, Any]) -> None:
+        if isinstance(value.get("delta"), dict):
+            _replace(self._message, value["delta"], without=())
+        if isinstance(usage := value.get("usage"), dict):  # cumulative, says Anthropic
+            known = self._message.get("usage")
+            self._message["usage"] = dict(known) if isinstance(known, dict) else {}
+            _replace(self._message["usage"], usage, without=())
+
+    def result(self) -> dict[str, Any]:
+        blocks = [block.result() for _, block in sorted(self._blocks.items())]
+        given = self._message.get("content")
+        return {**self._message, "content": [*(given if isinstance(given, list) else []), *blocks]}
+
+
+SHAPES: Final[tuple[type[Shape], ...]] = (ChatCompletion, Response, ChatAgent, Message)

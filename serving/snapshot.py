@@ -25,6 +25,7 @@ __all__ = [
     "Snapshot",
     "compact_text",
     "head_text",
+    "is_not_given",
     "mlflow_text",
     "readable_json",
     "snapshot",
@@ -40,6 +41,9 @@ MAX_DEPTH: Final = 200
 """Levels copied by structure. Deeper values are kept as text: orjson gives up at 254 levels."""
 UNCOUNTED: Final = frozenset({int, bool, type(None)})
 NUMBERS: Final = UNCOUNTED | {float}
+CONTAINERS: Final = frozenset({dict, list, tuple})
+NOT_GIVEN: Final = frozenset({"Omit", "NotGiven"})
+VENDORS: Final = frozenset({"openai", "anthropic"})
 
 
 class JsonText:
@@ -49,6 +53,14 @@ class JsonText:
 
     def __init__(self, text: str) -> None:
         self.text = text
+
+
+def is_not_given(kind: type) -> bool:
+    """Whether values of a type stand for arguments that were left out, as vendors' clients pass them on.
+
+    MLflow's autologging records each by its address: ``<openai.Omit object at 0x7f...>`` (mlflow#22598).
+    """
+    return kind.__name__ in NOT_GIVEN and kind.__module__.partition(".")[0] in VENDORS
 
 
 class TooDeepError(Exception):
@@ -133,6 +145,10 @@ class Copier:
             if kind is list or kind is tuple:
                 return self._copy_list(value, depth)
             return self._convert(value, depth)
+        except (TypeError, ValueError, TooDeepError):
+            raise  # MLflow then records the whole value's repr
+        except Exception as error:  # noqa: BLE001 - as in snapshot(), but the rest of the value is kept
+            return unrecordable(value, error)
         finally:
             self.path.discard(identity)
 
@@ -147,7 +163,7 @@ class Copier:
                 copied[name] = item
             elif kind in UNCOUNTED:
                 copied[name] = item
-            else:
+            elif kind in CONTAINERS or not is_not_given(kind):
                 copied[name] = self.copy(item, depth + 1)
         self.nbytes += nbytes
         return copied
@@ -174,13 +190,7 @@ class Copier:
             return self._copy_items(list(value.items()), depth)
         if isinstance(value, Attachment):
             return self.copy(data_uri(value), depth)
-        try:
-            converted = ENCODER.default(value)
-        except (TypeError, ValueError):
-            raise  # MLflow then records the whole value's repr
-        except Exception as error:  # noqa: BLE001 - as in snapshot(), but the rest of the value is kept
-            return unrecordable(value, error)
-        return self.copy(converted, depth + 1)
+        return self.copy(ENCODER.default(value), depth + 1)
 
 
 def uniform_size(items: list[Any]) -> int | None:

@@ -9,7 +9,8 @@ import sys
 from time import perf_counter_ns
 from typing import Any, Final
 
-from mlflow.entities.span import LiveSpan, Span, _link_from_otel_link, _SpanAttributesRegistry
+from mlflow.entities.link import Link
+from mlflow.entities.span import LiveSpan, Span, _SpanAttributesRegistry
 from mlflow.entities.span_event import SpanEvent
 from mlflow.entities.span_status import SpanStatus
 from mlflow.exceptions import MlflowException
@@ -20,12 +21,22 @@ from mlflow.tracing.utils.processor import apply_span_processors
 from opentelemetry.attributes import BoundedAttributes
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace import Span as OTelSpan
-from opentelemetry.trace import Status, StatusCode
+from opentelemetry.trace import Link as OTelLink
+from opentelemetry.trace import Status, StatusCode, format_span_id, format_trace_id
 
 from inference_table import metrics
-from serving.snapshot import NODE_BYTES, JsonText, Snapshot, mlflow_text, snapshot, thaw
+from serving.model_streams import complete, follow, is_model_stream
+from serving.snapshot import (
+    NODE_BYTES,
+    JsonText,
+    Snapshot,
+    is_not_given,
+    mlflow_text,
+    snapshot,
+    thaw,
+)
 
-__all__ = ["Meter", "RecordedSpan"]
+__all__ = ["Meter", "RecordedSpan", "attribute_bytes"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +44,8 @@ KEPT: Final = (SpanAttributeKey.REQUEST_ID, SpanAttributeKey.SPAN_TYPE)
 """Attributes of a muted span: MLflow finds it by the first."""
 OK: Final = Status(StatusCode.OK)
 CHUNK_EVENT_PREFIX: Final = "mlflow.chunk.item."
+DEFAULT_ATTRIBUTE_LIMIT: Final = 128
+"""OpenTelemetry's, per span."""
 
 
 class Meter:
@@ -63,7 +76,7 @@ class SnapshotAttributes(_SpanAttributesRegistry):
 
     def set(self, key: str, value: Any) -> None:
         values = self.values  # of now: a span that is muted while the snapshot is taken has others
-        if self.muted or self._span.end_time is not None:
+        if self.muted or self._span.end_time is not None or is_not_given(type(value)):
             return
         if not isinstance(key, str) or not key:
             super().set(key, value)  # says what is wrong, and stores nothing
@@ -116,12 +129,13 @@ class RecordedSpan(LiveSpan):
         self._attributes = SnapshotAttributes(otel_span, meter)
         self._attributes.values = {SpanAttributeKey.REQUEST_ID: trace_id, SpanAttributeKey.SPAN_TYPE: None}
         self._attachments = {}
-        self._links = [_link_from_otel_link(link, trace_id) for link in otel_span.links]
+        self._links = [mlflow_link(link) for link in otel_span.links]
         self._original_name = otel_span.name
-        self._chunks: list[JsonText] = []
+        self._chunks: list[Snapshot] = []
         self._handled_at_start = sys.exc_info()[1]
         # MLflow finds a live span by this attribute of the OpenTelemetry span.
         otel_span.set_attribute(SpanAttributeKey.REQUEST_ID, f'"{trace_id}"')
+        keep_all_attributes(otel_span)
         if late:
             self.mute()
 
@@ -154,14 +168,26 @@ class RecordedSpan(LiveSpan):
         if event.name.startswith(CHUNK_EVENT_PREFIX) and isinstance(chunk, str):
             self._chunks.append(JsonText(chunk))
 
+    def add_chunk(self, chunk: Any) -> None:
+        """Keep a part of a model's streamed answer, without an event."""
+        if self._attributes.muted:
+            return
+        started = perf_counter_ns()
+        kept, nbytes = snapshot(chunk)
+        self._chunks.append(kept)
+        self._meter.nbytes += nbytes
+        self._meter.overhead_ns += perf_counter_ns() - started
+
     def values(self) -> dict[str, Snapshot]:
         """The attributes now, as snapshots.
 
         A traced generator that was closed early never ends its span; its chunks up to then are its outputs.
         """
         values = dict(self._attributes.values)
-        if self._chunks and values.get(SpanAttributeKey.OUTPUTS) is None:
-            values[SpanAttributeKey.OUTPUTS] = [chunk for chunk in self._chunks if is_json(chunk.text)]
+        if not self._chunks or (is_model_stream(values) and complete(values, self._chunks)):
+            return values
+        if values.get(SpanAttributeKey.OUTPUTS) is None:
+            values[SpanAttributeKey.OUTPUTS] = [chunk for chunk in self._chunks if is_readable(chunk)]
         return values
 
     def end(
@@ -177,13 +203,16 @@ class RecordedSpan(LiveSpan):
         """
         if self._span.end_time is not None:
             return
+        if outputs is not None and is_model_stream(self._attributes.values) and follow(outputs, self):
+            return  # it ends with the stream
         if self._meter.sealed and not self._late:
             metrics.LATE_SPANS.inc()
         try:
             try:
                 self._complete(outputs, attributes, status)
             finally:
-                self._chunks = []
+                if not is_model_stream(self._attributes.values):
+                    self._chunks = []
                 self._handled_at_start = None
                 self._span.end(end_time=end_time_ns)
         # What the agent passed may be anything, and so may what the application's own span processors raise;
@@ -209,7 +238,7 @@ class RecordedSpan(LiveSpan):
             apply_span_processors(self)
         if self._materialised:
             started = perf_counter_ns()
-            self._span.set_attributes(self._attributes.texts())
+            self._span.set_attributes({key: mlflow_text(value) for key, value in self.values().items()})
             self._meter.overhead_ns += perf_counter_ns() - started
         if self._span.parent is None or self._span.parent.is_remote:
             _set_last_active_trace_id(self.trace_id)
@@ -265,6 +294,26 @@ class RecordedSpan(LiveSpan):
         return span
 
 
+def mlflow_link(link: OTelLink) -> Link:
+    return Link.from_dict(
+        {
+            "trace_id": f"tr-{format_trace_id(link.context.trace_id)}",
+            "span_id": format_span_id(link.context.span_id),
+            "attributes": dict(link.attributes or {}) or None,
+        }
+    )
+
+
+def keep_all_attributes(otel: Any) -> None:
+    """Lift OpenTelemetry's default limit; one that someone chose stays.
+
+    Instrumentors write a few attributes per message of a chat, and beyond the limit the oldest go first: the
+    model's inputs.
+    """
+    if otel._attributes.maxlen == DEFAULT_ATTRIBUTE_LIMIT:
+        otel._attributes.maxlen = None
+
+
 def raw_attributes(otel: Any) -> dict[str, Any]:
     """What the OpenTelemetry span itself holds.
 
@@ -274,9 +323,20 @@ def raw_attributes(otel: Any) -> dict[str, Any]:
     return attributes
 
 
-def is_json(text: str) -> bool:
+def attribute_bytes(otel: OTelSpan) -> int:
+    """About how many bytes the attributes keep alive that were written on the OpenTelemetry span itself."""
+    nbytes = 0
+    for value in raw_attributes(otel).values():
+        parts = value if isinstance(value, tuple) else (value,)
+        nbytes += sum(NODE_BYTES + (len(part) if isinstance(part, str) else 0) for part in parts)
+    return nbytes
+
+
+def is_readable(chunk: Snapshot) -> bool:
+    if not isinstance(chunk, JsonText):
+        return True
     try:
-        json.loads(text)
+        json.loads(chunk.text)
     except (ValueError, RecursionError):
         return False
     return True

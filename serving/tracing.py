@@ -11,7 +11,7 @@ provider back. Before each span MLflow asks a ``Once`` whether its provider is i
 seeing to it that the provider is our own, unless ``mlflow.tracing.disable()`` has put a
 ``NoOpTracerProvider`` there.
 
-Private names of MLflow, tested with 3.17.2, used in the modules that make up this one:
+Private names of MLflow, tested with 3.15.0 and 3.17.2, used in the modules that make up this one:
 
 - here: ``tracing.provider``: ``provider`` with its ``once``, ``_isolated_tracer_provider_once`` and
   ``_global_provider_init_once``, ``_get_span_processors``, ``_get_trace_sampler``;
@@ -24,8 +24,8 @@ Private names of MLflow, tested with 3.17.2, used in the modules that make up th
   ``_get_latest_active_run``, ``_get_active_model_id_global``, ``_active_experiment_id``;
   ``tracing.context``; ``tracing.utils.environment``.
 - ``nesting``, ``threads``: ``tracing.provider``: ``get_current_context``, ``mlflow_runtime_context``.
-- ``spans``: ``entities.span``: the fields of ``LiveSpan``, ``_SpanAttributesRegistry``,
-  ``_link_from_otel_link``; ``tracing.fluent._set_last_active_trace_id``; ``tracing.utils.processor``,
+- ``spans``: ``entities.span``: the fields of ``LiveSpan``, ``_SpanAttributesRegistry``;
+  ``tracing.fluent._set_last_active_trace_id``; ``tracing.utils.processor``,
   ``tracing.utils.default_log_level``.
 - ``snapshot``: ``tracing.attachments``; ``tracing.utils.TraceJSONEncoder`` with ``_is_safe_to_encode_str``.
 - ``trace_json``: ``tracing.utils.truncation``: ``_try_extract_messages``, ``_get_last_message``,
@@ -65,10 +65,11 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace import Span as OTelSpan
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision, Sampler, SamplingResult
-from opentelemetry.trace import Link, NoOpTracerProvider, SpanKind, TraceState
+from opentelemetry.trace import Link, NoOpTracerProvider, Span, SpanKind, TraceState
 
 from inference_table import metrics
-from serving.nesting import enclosing_span, was_sampled_out
+from serving.nesting import enclosing_span, surrounds_request, was_sampled_out
+from serving.spans import attribute_bytes
 from serving.threads import carry_into_threads
 from serving.trace_json import TraceSnapshot
 from serving.traces import (
@@ -76,6 +77,7 @@ from serving.traces import (
     OUTSIDE,
     SKIPPED,
     Audience,
+    RecordedTrace,
     RequestTraces,
     Unrecorded,
     owner_of,
@@ -140,6 +142,11 @@ def is_recorded(request: RequestTraces) -> bool:
     return not isinstance(request, Unrecorded)
 
 
+def is_outside(trace: RecordedTrace, parent: Span) -> bool:
+    """Whether ``parent``, a span of ``trace``, is none of the request that runs now."""
+    return isinstance(trace.request, Unrecorded) or surrounds_request(parent.get_span_context())
+
+
 class RequestSpanProcessor(SpanProcessor):
     """Gives each span of a captured request to its :class:`RequestTraces`.
 
@@ -159,7 +166,7 @@ class RequestSpanProcessor(SpanProcessor):
         parent = enclosing_span(parent_context)
         trace = owner_of(parent)
         request = CURRENT.get() or OUTSIDE
-        if trace is not None and isinstance(trace.request, Unrecorded) and is_recorded(request):
+        if trace is not None and is_recorded(request) and is_outside(trace, parent):
             trace = None  # what surrounds a request does not swallow it
         if trace is not None:
             request = trace.request
@@ -180,8 +187,13 @@ class RequestSpanProcessor(SpanProcessor):
         return not self._exporters and (has_owner or is_from_mlflow(span))
 
     def _on_ending(self, span: OTelSpan) -> None:
-        if (trace := owner_of(span)) is not None and trace.request.sealed:
+        trace = owner_of(span)
+        if trace is None:
+            return
+        if trace.request.sealed:
             trace.release()
+        elif not is_from_mlflow(span):
+            trace.request.nbytes += attribute_bytes(span)  # MLflow's API counts what it records itself
 
     def on_end(self, span: ReadableSpan) -> None:
         for exporter in self._exporters:

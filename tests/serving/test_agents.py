@@ -13,10 +13,10 @@ import mlflow
 import pytest
 from fastapi import FastAPI
 from mlflow.entities import Trace
-from packaging.version import Version
 
 from inference_table import metrics
 from serving import InferenceTableMiddleware
+from tests.older_mlflow import RAISES_INTO_GENERATORS
 from tests.serving.fluent_agents import ASYNC_HALVES, GATES, HALVES, THREADING, Body, make_app, tool
 from tests.serving.recorded import Recorded, outline, recorded, span_named, trace_of, traces_of
 from tests.support import output_of, rows, served, wait_for
@@ -181,12 +181,7 @@ def test_streams_that_are_read_to_their_end(patient: Recorded, how: str) -> None
         assert "".join(trace.data.spans[0].outputs) == exchanged.reply.text
 
 
-@pytest.mark.xfail(
-    Version(mlflow.__version__) < Version("3.17"),
-    reason="MLflow before 3.17 raises ValueError into such generators, with or without us",
-    raises=httpx.RemoteProtocolError,
-    strict=True,
-)
+@RAISES_INTO_GENERATORS
 def test_a_span_around_the_yields_of_a_synchronous_generator(patient: Recorded) -> None:
     """Each chunk is pulled in a context of its own, so MLflow loses sight of the span; no span is lost."""
     traces = traces_of(patient.post("/stream/stepwise", json={"n": 5}).row)

@@ -13,7 +13,9 @@ from mlflow.entities import Trace
 from mlflow.tracing.attachments import Attachment
 from mlflow.tracing.constant import SpanAttributeKey
 from mlflow.tracing.distributed import get_tracing_context_headers_for_http_request
+from mlflow.tracing.provider import get_bridged_tracer_provider
 from mlflow.tracking import fluent
+from opentelemetry import trace as otel
 
 from tests.serving.tracing_agents import (
     AGENTS,
@@ -44,8 +46,10 @@ ALLOWED_DIFFERENCES: Final = {
     "direct writes": "of a key set by MLflow's API and on the OpenTelemetry span, the former's value stays",
     "many attributes": "all are kept; OpenTelemetry's limit of 128 per span makes MLflow forget the oldest",
     "two roots": "both traces are kept; MLflow's serving path keeps the last",
+    "arguments not given": "are left out; MLflow records the addresses of the clients' stand-ins for them",
+    "model streams": "have all that was streamed as outputs; MLflow's autologging has the text, or nothing",
 }
-"""Each with a test below, or left out of the comparison, or in test_tracing.py."""
+"""Each with a test below, or left out of the comparison, or in test_tracing.py or test_model_streams.py."""
 
 
 @pytest.fixture(autouse=True)
@@ -257,6 +261,45 @@ def test_direct_writes() -> None:
     assert ours.attributes["other"] == theirs.attributes["other"] == 3
 
 
+class Omit:
+    """What OpenAI's and Anthropic's clients pass on in the place of an argument that was left out."""
+
+    __module__ = "openai"
+
+
+class NotGiven:
+    __module__ = "anthropic"
+
+
+def test_arguments_not_given() -> None:
+    """Allowed difference: what stands for an argument that was left out is left out of inputs, too."""
+
+    def agent() -> None:
+        given = {"model": "m", "seed": Omit(), "metadata": {"a": 1, "b": NotGiven()}}
+        with mlflow.start_span("root", attributes=given) as root:
+            root.set_inputs(given)
+            root.set_outputs([Omit()])
+
+    ours, theirs = record(agent).data.spans[0], record_with_mlflow(agent).data.spans[0]
+    assert ours.inputs == {"model": "m", "metadata": {"a": 1}}
+    assert theirs.inputs.keys() == {"model", "seed", "metadata"}
+    assert "<openai." in theirs.inputs["seed"]
+    assert "seed" not in ours.attributes
+    assert ours.attributes["metadata"] == {"a": 1}
+    assert "Omit object at" in ours.outputs[0]
+
+
+class Keys:
+    class Omit:
+        """The agent's own."""
+
+
+def test_the_agents_own_omissions() -> None:
+    """A class of the agent's that has such a name is a value like any other."""
+    value = {"key": Keys.Omit()}
+    assert "Omit object at" in record(values_agent(lambda: value)).data.spans[0].inputs["key"]
+
+
 def test_many_attributes() -> None:
     """Allowed difference: a span keeps all of its attributes."""
 
@@ -397,6 +440,23 @@ def test_closed_early_async() -> None:
     trace = record(lambda: asyncio.run(main()))
     assert [span.name for span in trace.data.spans] == ["endless_async", "endless"]
     assert [span.outputs for span in trace.data.spans] == [[{"number": 0}, {"number": 1}]] * 2
+
+
+def test_links_of_instrumentors() -> None:
+    """A span that an instrumentor starts with links has the same ones under both."""
+    elsewhere = otel.SpanContext(trace_id=0xAB, span_id=0xCD, is_remote=True)
+
+    def agent() -> None:
+        links = [otel.Link(elsewhere, {"why": "because"}), otel.Link(elsewhere)]
+        tracer = get_bridged_tracer_provider().get_tracer("instrumentor")
+        tracer.start_span("consume", links=links).end()
+
+    ours, theirs = record(agent).data.spans[0].links, record_with_mlflow(agent).data.spans[0].links
+    assert [link.to_dict() for link in ours] == [link.to_dict() for link in theirs]
+    assert [(link.trace_id, link.span_id, link.attributes) for link in ours] == [
+        ("tr-" + "0" * 30 + "ab", "0" * 14 + "cd", {"why": "because"}),
+        ("tr-" + "0" * 30 + "ab", "0" * 14 + "cd", None),
+    ]
 
 
 def test_two_roots() -> None:

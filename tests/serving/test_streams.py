@@ -370,6 +370,105 @@ def test_mlflows_chat_agent_chunks_become_messages() -> None:
     }
 
 
+# What Anthropic's documentation shows for a text and a tool call, with thinking before.
+CLAUDE: dict[str, Any] = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "m",
+    "content": [],
+    "stop_reason": None,
+    "stop_sequence": None,
+    "usage": {"input_tokens": 25, "output_tokens": 1},
+}
+
+
+def block(index: int, started: dict[str, Any], *deltas: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"type": "content_block_start", "index": index, "content_block": started},
+        *({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas),
+        {"type": "content_block_stop", "index": index},
+    ]
+
+
+CLAUDE_EVENTS: list[dict[str, Any]] = [
+    {"type": "message_start", "message": CLAUDE},
+    *block(
+        0,
+        {"type": "thinking", "thinking": "", "signature": ""},
+        {"type": "thinking_delta", "thinking": "Let me "},
+        {"type": "thinking_delta", "thinking": "see."},
+        {"type": "signature_delta", "signature": "Eq="},
+    ),
+    *block(
+        1,
+        {"type": "text", "text": ""},
+        {"type": "text_delta", "text": "Hel"},
+        {"type": "text_delta", "text": "lo"},
+        {"type": "citations_delta", "citation": {"cited_text": "here"}},
+    ),
+    *block(
+        2,
+        {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {}},
+        {"type": "input_json_delta", "partial_json": ""},
+        {"type": "input_json_delta", "partial_json": '{"city": '},
+        {"type": "input_json_delta", "partial_json": '"Oslo"}'},
+    ),
+    {
+        "type": "message_delta",
+        "delta": {"stop_reason": "tool_use", "stop_sequence": None},
+        "usage": {"output_tokens": 15},
+    },
+    {"type": "message_stop"},
+]
+
+
+def test_anthropics_events_become_the_message() -> None:
+    """Blocks in their order, texts grown, a tool's input parsed, usage and stop reason from the end."""
+    stream = aggregate(sse(*CLAUDE_EVENTS, names=True))
+    assert (stream.events, stream.ended, stream.error) == (len(CLAUDE_EVENTS), True, None)
+    assert stream.value == CLAUDE | {
+        "content": [
+            {"type": "thinking", "thinking": "Let me see.", "signature": "Eq="},
+            {"type": "text", "text": "Hello", "citations": [{"cited_text": "here"}]},
+            {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Oslo"}},
+        ],
+        "stop_reason": "tool_use",
+        "usage": {"input_tokens": 25, "output_tokens": 15},
+    }
+
+
+def test_events_that_anthropics_client_adds_are_no_more_of_the_message() -> None:
+    """Its stream helper repeats each text with a snapshot, and each tool's input."""
+    helped = [
+        *CLAUDE_EVENTS[:7],
+        {"type": "text", "text": "Hel", "snapshot": "Hel"},
+        *CLAUDE_EVENTS[7:13],
+        {"type": "input_json", "partial_json": '{"city": ', "snapshot": {}},
+        *CLAUDE_EVENTS[13:],
+    ]
+    assert aggregate(sse(*helped, names=True)).value == aggregate(sse(*CLAUDE_EVENTS, names=True)).value
+
+
+def test_a_message_cut_off_holds_what_was_said() -> None:
+    """Half of a tool's input stays text; a stream that is joined late has a message all the same."""
+    stream = aggregate(sse(*CLAUDE_EVENTS[:14], names=True))
+    assert not stream.ended
+    assert stream.value["content"][-1]["input"] == '{"city": '
+    assert stream.value["usage"] == CLAUDE["usage"]
+    late = aggregate(sse({"type": "content_block_delta", "delta": {"type": "text_delta", "text": "lo"}}))
+    assert late.value["content"] == [{"type": "text", "text": "lo"}]
+
+
+def test_an_error_event_of_anthropics_is_kept_beside_the_message() -> None:
+    """Overload comes under HTTP 200, in the middle of an answer."""
+    error = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+    stream = aggregate(sse(*CLAUDE_EVENTS[:3], error, names=True))
+    assert (stream.ended, stream.error) == (False, "Overloaded")
+    assert stream.value["error"] == error["error"]
+    assert stream.value["content"] == [{"type": "thinking", "thinking": "Let me ", "signature": ""}]
+
+
 def test_json_lines_become_events() -> None:
     """Each line is a value; a line cut off is text."""
     stream = aggregate(b'{"a":1}\r\n\n"b"\n{"c":', "application/x-ndjson; charset=utf-8")
@@ -459,7 +558,7 @@ KEYS = [
         "type",
     ),
     *("item", "response", "usage", "text", "output", "logprobs", "item_id", "output_index", "content_index"),
-    *("custom_outputs", "message", "finish_reason"),
+    *("custom_outputs", "message", "finish_reason", "content_block", "partial_json", "citation"),
 ]
 JSON = st.recursive(
     st.none()
@@ -467,7 +566,8 @@ JSON = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(st.characters(codec=None), max_size=5)
-    | st.sampled_from(["response.output_text.delta", "response.completed", "error"]),
+    | st.sampled_from(["response.output_text.delta", "response.completed", "error"])
+    | st.sampled_from(["message_start", "content_block_start", "content_block_delta", "message_delta"]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import inspect
 import json
 import math
 import pathlib
@@ -18,6 +19,7 @@ import mlflow
 import numpy as np
 import pydantic
 from mlflow.entities import Document, Link, SpanEvent, SpanType, Trace
+from mlflow.entities.span import NO_OP_SPAN_TRACE_ID, NoOpSpan
 from mlflow.tracing import provider as mlflow_provider
 from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 from mlflow.tracing.trace_manager import InMemoryTraceManager
@@ -105,6 +107,8 @@ class Client:
         return mlflow.start_span_no_context(name, **options)
 
     def start_span(self, name: str, trace_id: str, parent_id: str, **options: Any) -> Any:
+        if trace_id == NO_OP_SPAN_TRACE_ID:
+            return NoOpSpan()
         parent = InMemoryTraceManager.get_instance().get_span_from_id(trace_id, parent_id)
         assert parent is not None
         return mlflow.start_span_no_context(name, parent_span=parent, **options)
@@ -114,6 +118,8 @@ class Client:
             span.end(outputs, None, status, None)
 
     def end_trace(self, trace_id: str, outputs: Any = None, status: str = "OK") -> None:
+        if trace_id == NO_OP_SPAN_TRACE_ID:
+            return
         root_id = InMemoryTraceManager.get_instance().get_root_span_id(trace_id)
         assert root_id is not None
         self.end_span(trace_id, root_id, outputs, status)
@@ -391,6 +397,14 @@ def asynchronous() -> None:
     asyncio.run(async_agent())
 
 
+# MLflow 3.17 and later take a description.
+DESCRIBED: dict[str, Any] = (
+    {"description": "says nothing"}
+    if "description" in inspect.signature(mlflow.start_span_no_context).parameters
+    else {}
+)
+
+
 def manual() -> None:
     """The client API's primitives: explicit parents, times, events, links, statuses, levels."""
     root = mlflow.start_span_no_context(
@@ -401,7 +415,7 @@ def manual() -> None:
     child.add_link(Link("tr-" + "ab" * 16, "cd" * 8, {"why": "because"}))
     child.set_status("ERROR")
     child.end(outputs=[1], attributes={"late": True})
-    silent = mlflow.start_span_no_context("silent", parent_span=root, description="says nothing")
+    silent = mlflow.start_span_no_context("silent", parent_span=root, **DESCRIBED)
     silent.record_exception("a text")
     silent.end(status="OK")
     root.set_attribute("", "no name")
