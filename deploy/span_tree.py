@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from deploy.brief import as_json, brief
 from deploy.output import printable
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ TYPE_STYLES: Final = {
     "RERANKER": "green",
     "TOOL": "yellow",
 }
+LIBRARIES: Final = "/lib/python3"
+"""In the path of every module that was installed, and of the standard library's."""
 FRAME: Final = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
 
@@ -113,7 +116,8 @@ def render_trace(trace: "Trace", width: int, *, full: bool = False) -> Iterator[
     title.append(f"  {len(spans)} span{'' if len(spans) == 1 else 's'}")
     yield title
     if failure := first_failure(spans):
-        yield Text("  failed in ", style="red").append(failure)
+        # An agent that went on after an error, or a graph that waits for a person, did not fail.
+        yield Text("  error in " if state == "OK" else "  failed in ", style="red").append(failure)
     if not spans:
         yield Text("  no spans were recorded", style="dim")
         return
@@ -170,8 +174,9 @@ def span_line(span: "Span", guide: str, width: int, begin: int, end: int) -> Tex
     line.append(str(span.name), style="bold red" if failed else "bold")
     if kind and kind != "UNKNOWN":
         line.append(f" {kind}", style=TYPE_STYLES.get(kind, "dim"))
-    if tokens := span_tokens(span):
-        line.append(f" {tokens}", style="dim")
+    for fact in (span_tokens(span), span_model(span)):
+        if fact:
+            line.append(f" {fact}", style="dim")
     left = max(width, MIN_WIDTH) - BAR_WIDTH - DURATION_WIDTH - 2
     # A control character is as wide as what will stand for it.
     line.plain = printable(line.plain)
@@ -210,8 +215,8 @@ def error_lines(span: "Span", rest: str, width: int, full: bool) -> Iterator[Tex
             yield from labelled("", stack, rest, width, full, "red")
         elif where := last_frame(stack):
             yield from labelled("", f"at {where}", rest, width, full, "red")
-    if not exceptions and is_error(span) and span.status.description:
-        yield from labelled("error", str(span.status.description), rest, width, full, "bold red")
+    if not exceptions and is_error(span) and (why := failure_text(span)):
+        yield from labelled("error", why, rest, width, full, "bold red")
 
 
 def value_lines(label: str, value: Any, rest: str, width: int, full: bool) -> Iterator[Text]:
@@ -255,53 +260,8 @@ def as_dict(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def as_json(value: Any, indent: int | None = None) -> str:
-    try:
-        return json.dumps(value, indent=indent, ensure_ascii=False, default=str)
-    except RecursionError:
-        return "(nested too deeply to be shown)"
-
-
 def pretty(value: Any) -> str:
     return value if isinstance(value, str) else as_json(value, indent=2)
-
-
-def brief(value: Any) -> str:
-    """What a value says, in one line: of a chat the last message, of a completion its answer."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict):
-        for key in ("messages", "input"):
-            if messages := messages_of(value.get(key)):
-                others = f"  (+{len(messages) - 1} earlier)" if len(messages) > 1 else ""
-                return f"{messages[-1].get('role', '?')}: {content_text(messages[-1])}{others}"
-        if (choices := messages_of(value.get("choices"))) and isinstance(choices[0].get("message"), dict):
-            return content_text(choices[0]["message"])
-        if len(value) == 1 and isinstance(only := next(iter(value.values())), str):
-            return f"{next(iter(value))}: {only}"
-    return as_json(value)
-
-
-def messages_of(value: Any) -> list[dict[str, Any]] | None:
-    """A list of objects, or None."""
-    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        return value
-    return None
-
-
-def content_text(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, str) and content:
-        return content
-    if calls := messages_of(message.get("tool_calls")):
-        return "calls " + ", ".join(call_text(call.get("function")) for call in calls)
-    return as_json(content)
-
-
-def call_text(function: Any) -> str:
-    if isinstance(function, dict):
-        return f"{function.get('name')}({function.get('arguments')})"
-    return function if isinstance(function, str) else "a function"
 
 
 def documents_of(value: Any) -> list[Any]:
@@ -335,6 +295,12 @@ def body_of(text: str | None) -> Any:
         return value
     shown = {key: part for key, part in value.items() if key != "databricks_output"}
     return shown["body"] if set(shown) == {"body"} else shown
+
+
+def span_model(span: "Span") -> str | None:
+    # The second is all that MLflow's autologging of OpenAI leaves on a call that failed.
+    models = (span.get_attribute(key) for key in ("mlflow.llm.model", "model"))
+    return next((model for model in models if isinstance(model, str)), None)
 
 
 def span_tokens(span: "Span") -> str | None:
@@ -387,7 +353,10 @@ def first_failure(spans: "Sequence[Span]") -> str | None:
 
 def failure_text(span: "Span") -> str:
     event = next((event for event in span.events if event.name == "exception"), None)
-    return exception_text(as_dict(event.attributes)) if event else str(span.status.description or "")
+    if event is not None:
+        return exception_text(as_dict(event.attributes))
+    # OpenTelemetry's convention for those that record no exception.
+    return str(span.status.description or span.get_attribute("error.type") or "")
 
 
 def exception_text(attributes: Mapping[str, Any]) -> str:
@@ -396,8 +365,13 @@ def exception_text(attributes: Mapping[str, Any]) -> str:
 
 
 def last_frame(stack: str) -> str | None:
-    """Where an exception was raised, as an editor opens it."""
+    """Where an exception was raised, as an editor opens it: the last line of the agent's own, if it has one.
+
+    In a library, its path there, which says more than the place of the environment.
+    """
     frames = list(FRAME.finditer(stack))
     if not frames:
         return None
-    return f"{frames[-1]['file']}:{frames[-1]['line']} in {frames[-1]['function']}"
+    own = [frame for frame in frames if LIBRARIES not in frame["file"]]
+    frame = (own or frames)[-1]
+    return f"{frame['file'].rpartition('/site-packages/')[2]}:{frame['line']} in {frame['function']}"

@@ -64,6 +64,55 @@ def test_a_failure_is_named_once_where_it_began() -> None:
     assert re.fullmatch(r"\s+at .*agents\.py:\d+ in call_stock_service", lines[-1])
 
 
+STACK = """Traceback (most recent call last):
+  File "/srv/agent.py", line 7, in answer
+    return ask(question)
+  File "/srv/.venv/lib/python3.11/site-packages/client/base.py", line 99, in request
+    raise Gone
+  File "/usr/lib/python3.11/contextlib.py", line 158, in __exit__
+    self.gen.throw(value)
+"""
+
+
+@pytest.mark.parametrize(
+    ("stack", "shown"),
+    [
+        (STACK, "at /srv/agent.py:7 in answer"),
+        (STACK.replace("/srv/agent.py", "/x/lib/python3.11/site-packages/y.py"), "at /usr/lib/python3.11/"),
+        (STACK.rpartition("  File")[0].replace("/srv/a", "/lib/python3/"), "at client/base.py:99 in request"),
+        ("no stack", None),
+    ],
+)
+def test_an_error_says_where_in_the_agents_own_code_it_was_raised(stack: str, shown: str | None) -> None:
+    """Rather than deep in a client; where only libraries were, their line without the environment's path."""
+    value = record(lambda: failing(QUESTION))[0].to_dict()
+    for span in value["data"]["spans"]:
+        for event in span["events"]:
+            event["attributes"]["exception.stacktrace"] = stack
+    lines = [line.strip() for line in drawn(Trace.from_dict(value))]
+    found = [line for line in lines if line.startswith("at ")]
+    assert [line.startswith(shown) for line in found] == [True] if shown else found == []
+
+
+def test_the_model_is_named_and_an_error_without_exception_is_said() -> None:
+    """Instrumentors of OpenTelemetry give a failed span the kind of error only."""
+    value = record(lambda: support(QUESTION))[0].to_dict()
+    for span in value["data"]["spans"]:
+        if span["name"] == "gpt":
+            span["attributes"] |= {"mlflow.llm.model": '"gpt-4o"', "error.type": "overloaded_error"}
+            span["status"] = {"code": "STATUS_CODE_ERROR", "message": ""}
+    lines = drawn(Trace.from_dict(value))
+    assert any("✗ gpt CHAT_MODEL 1,200 in / 34 out gpt-4o " in line for line in lines)
+    assert lines[1] == "  error in gpt: overloaded_error"  # the agent went on
+    assert lines[-1].strip() == "error overloaded_error"
+
+
+def test_the_model_of_a_call_that_failed_is_named() -> None:
+    """MLflow's autologging of OpenAI leaves the argument only."""
+    value = rename(record(lambda: failing(QUESTION))[0].to_dict(), model="gpt-4o")
+    assert all("gpt-4o " in line for line in drawn(Trace.from_dict(value)) if "●" in line or "✗" in line)
+
+
 def test_full_shows_everything() -> None:
     """With ``full`` values are whole and indented, and the stack trace is there."""
     lines = drawn(record(lambda: support(QUESTION))[0], full=True)
@@ -144,6 +193,8 @@ ODD_SPANS: list[dict[str, Any]] = [
     {"mlflow.spanOutputs": {"choices": [{"message": {"tool_calls": [{"function": None}, {}]}}]}},
     {"mlflow.spanOutputs": {"choices": [{"message": "m"}]}},
     {"mlflow.spanInputs": json.loads("[" * 900 + "]" * 900)},
+    {"mlflow.spanInputs": {"messages": [{"content": json.loads("[" * 900 + "]" * 900)}]}},
+    {"mlflow.llm.model": ["m"]},
 ]
 
 
@@ -248,12 +299,110 @@ def test_the_header_says_what_the_row_knows() -> None:
         ('{"choices": [{"message": {"tool_calls": [{"function": "f"}, {"id": 1}]}}]}', "calls f, a function"),
         ('{"choices": [{"message": {"content": "", "tool_calls": [3]}}]}', '""'),
         ('{"messages": ["odd"]}', '{"messages": ["odd"]}'),
+        ('{"role": "assistant", "content": "alone"}', '{"role": "assistant", "content": "alone"}'),
     ],
 )
 def test_bodies_of_every_shape_are_shown(response: str, shown: str) -> None:
     """Text, arrays, tool calls and what is no JSON at all are one line each."""
     lines = [line.plain for line in render_request({**ROW, "response": response}, 100)]
     assert lines[-1] == f"  out   {shown}"
+
+
+TEXT_PART = {"type": "text", "text": "30 days."}
+CALLED = 'calls lookup({"topic": "returns"})'
+SAID: list[tuple[Any, str]] = [
+    # OpenAI's chat completions
+    (
+        {"messages": [{"role": "user", "content": [TEXT_PART, {"type": "image_url"}]}]},
+        "user: 30 days. (image_url)",
+    ),
+    (
+        {"choices": [{"message": {"content": "One moment.", "tool_calls": json.loads(CALLS)}}]},
+        "One moment. calls f({})",
+    ),
+    ({"choices": [{"message": {"content": None, "refusal": "I can't."}}]}, "I can't."),
+    # its responses
+    ({"model": "m", "input": "how long?", "tools": []}, "how long?"),
+    (
+        {"model": "m", "input": [{"type": "function_call_output", "call_id": "c", "output": "30"}]},
+        "function_call_output: 30",
+    ),
+    (
+        {
+            "object": "response",
+            "output": [{"type": "message", "content": [{"type": "output_text", "text": "30 days."}]}],
+        },
+        "30 days.",
+    ),
+    (
+        {
+            "object": "response",
+            "output": [
+                {"type": "reasoning", "summary": []},
+                {"type": "function_call", "name": "lookup", "arguments": '{"topic": "returns"}'},
+            ],
+        },
+        f"(reasoning) {CALLED}",
+    ),
+    # Anthropic's messages
+    ({"type": "message", "role": "assistant", "content": [TEXT_PART]}, "30 days."),
+    (
+        {
+            "type": "message",
+            "content": [{"type": "tool_use", "name": "lookup", "input": {"topic": "returns"}}],
+        },
+        CALLED,
+    ),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": "how long?"},
+                {
+                    "role": "user",
+                    "content": [{"type": "tool_result", "tool_use_id": "t", "content": [TEXT_PART]}],
+                },
+            ]
+        },
+        "user: 30 days. (+1 earlier)",
+    ),
+    # OpenTelemetry's conventions
+    ([{"role": "user", "parts": [{"type": "text", "content": "how long?"}]}], "user: how long?"),
+    ([{"role": "assistant", "parts": [{"type": "text", "content": "30 days."}]}], "30 days."),
+    (
+        [
+            {"role": "user", "parts": [{"type": "text", "content": "how long?"}]},
+            {
+                "role": "assistant",
+                "parts": [{"type": "tool_call", "name": "lookup", "arguments": {"topic": "returns"}}],
+            },
+        ],
+        f"assistant: {CALLED} (+1 earlier)",
+    ),
+    (
+        [{"role": "tool", "parts": [{"type": "tool_call_response", "response": [TEXT_PART]}]}],
+        "tool: 30 days.",
+    ),
+    # embeddings
+    ({"object": "list", "data": [{"embedding": [0.5] * 1536}] * 2}, "2 embeddings of 1,536 numbers"),
+    (
+        {"object": "list", "data": [{"embedding": "base64"}]},
+        '{"object": "list", "data": [{"embedding": "base64"}]}',
+    ),
+    # and what only looks like them
+    ({"object": "response", "output": [3]}, '{"object": "response", "output": [3]}'),
+    ({"type": "message", "content": "text"}, '{"type": "message", "content": "text"}'),
+    ([{"role": "user"}], '[{"role": "user"}]'),
+    ({"messages": [{"role": 1, "type": [2]}]}, "1: null"),
+    ({"messages": [{"content": [[], 3, None]}]}, "?: 3 null"),
+    ({"messages": [{"type": "tool_use", "name": 4}]}, "tool_use: calls 4()"),
+]
+
+
+@pytest.mark.parametrize(("value", "said"), SAID)
+def test_what_is_said_in_the_words_of_each_vendor(value: Any, said: str) -> None:
+    """The last message of a conversation; of an answer its text, or the tools it calls."""
+    lines = [line.plain for line in render_request({**ROW, "request": json.dumps(value)}, 160)]
+    assert lines[-2] == f"  in    {said}"
 
 
 def test_an_almost_empty_row_has_a_header() -> None:
