@@ -3,11 +3,19 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
+CONSTRAINTS := constraints.txt
+TRACE_EXTRAS := test,agents
 
 # Most tests wait for servers and commits, so more of them than there are cores run side by side.
 PARALLEL := --numprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-heavy lint format bench clean
+# The lowest and the newest version of MLflow's light SDK that pyproject.toml claims.
+MLFLOW_VERSIONS := 3.15.0 3.17.2
+# Of these, the one that `make test-traces` takes unless it is told.
+MLFLOW := $(lastword $(MLFLOW_VERSIONS))
+MLFLOW_TESTS := $(MLFLOW_VERSIONS:%=test-mlflow-%)
+
+.PHONY: demo test test-all test-heavy test-mlflow-matrix $(MLFLOW_TESTS) test-traces lint format bench clean
 
 demo: $(VENV)/.demo  ## serve a real agent, send real requests, look at the table
 	$(BIN)/python -m examples.demo
@@ -22,6 +30,14 @@ test-all:  ## the tests that take long or need the heavy extras
 test-heavy: $(VENV)/.test-all
 	$(BIN)/pytest -m heavy $(PARALLEL)
 
+test-mlflow-matrix: $(MLFLOW_TESTS)  ## the tests of traces, with the lowest and the newest MLflow
+
+$(MLFLOW_TESTS): test-mlflow-%:
+	@$(MAKE) --no-print-directory VENV=.venv-mlflow-$* MLFLOW=$* test-traces
+
+test-traces: $(VENV)/.test-traces
+	$(BIN)/pytest -m "not heavy or agents" $(PARALLEL) tests/serving tests/agents
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,7 +51,7 @@ bench: $(VENV)/.bench  ## rough figures for added latency on this machine
 	$(BIN)/python -m benchmarks.added_latency
 
 clean:
-	rm -rf $(VENV) .venv-all build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -46,9 +62,16 @@ $(BIN)/python:
 $(VENV)/.demo: EXTRAS = demo
 $(VENV)/.test: EXTRAS = test
 $(VENV)/.test-all: EXTRAS = test,heavy
+$(VENV)/.test-traces: EXTRAS = $(TRACE_EXTRAS)
 $(VENV)/.bench: EXTRAS = bench
 $(VENV)/.lint: EXTRAS = test,lint
 $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing tracelake[$(EXTRAS)] into $(VENV) ..."
-	$(PIP) install --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	$(PIP) install --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
 	@touch $@
+
+# The same versions of everything but MLflow.
+$(VENV)/.test-traces: CONSTRAINTS = $(VENV)/constraints.txt
+$(VENV)/.test-traces: $(VENV)/constraints.txt
+$(VENV)/constraints.txt: constraints.txt | $(BIN)/python
+	sed 's/^\(mlflow[a-z-]*\)==.*/\1==$(MLFLOW)/' $< > $@

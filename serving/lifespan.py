@@ -12,7 +12,7 @@ from inference_table.errors import TracelakeError
 from serving.exchange import Message, Receive, Send
 from serving.recorder import App, Recorder, Scope
 
-__all__ = ["Lifespan", "refuse"]
+__all__ = ["Lifespan"]
 
 logger: Final = logging.getLogger("tracelake")
 
@@ -89,9 +89,3 @@ async def start(recorder: Recorder) -> str | None:
         return None
     logger.error("the server cannot start: %s", failure)
     return failure
-
-
-async def refuse(failure: str, receive: Receive, send: Send) -> None:
-    """Stop the server's start, with the reason."""
-    await receive()
-    await send({"type": "lifespan.startup.failed", "message": f"tracelake: {failure}"})

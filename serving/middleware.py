@@ -4,6 +4,7 @@ import logging
 from typing import Any, Final
 
 from inference_table.errors import SettingsError
+from serving.mlflow_version import check_mlflow
 from serving.settings import is_tracing_enabled, settings_from
 
 __all__ = ["InferenceTableMiddleware"]
@@ -67,20 +68,27 @@ class InferenceTableMiddleware:
         await self.app(scope, receive, send)
 
     async def _lifespan(self, scope: Any, receive: Any, send: Any) -> None:
-        from serving import lifespan
-
         if self._mistake is not None:
-            await lifespan.refuse(self._mistake, receive, send)
-        else:
-            await lifespan.Lifespan(self._recorder, receive, send).run(self.app, scope)
+            await refuse(self._mistake, receive, send)
+            return
+        from serving.lifespan import Lifespan
+
+        await Lifespan(self._recorder, receive, send).run(self.app, scope)
 
 
 def make_recorder(options: dict[str, Any], redact: Any) -> Any:
     """The recorder, imported here so that capture switched off imports neither MLflow nor delta-rs."""
+    check_mlflow()
     from serving.recorder import Recorder
 
     capture, storage = settings_from(options)
     return Recorder(capture, storage, redact)
+
+
+async def refuse(mistake: str, receive: Any, send: Any) -> None:
+    """Stop the server's start, with the reason; without a package of others', which may be the one amiss."""
+    await receive()
+    await send({"type": "lifespan.startup.failed", "message": f"tracelake: {mistake}"})
 
 
 def count_unrecorded(mistake: str) -> None:
