@@ -97,12 +97,21 @@ Examples:
   tracelake serve my_agent:app
   tracelake serve my_agent:app --table s3://bucket/agents/payload --workers 4
   tracelake serve my_agent:app --durability strict       answer only what is recorded
+  tracelake serve my_agent:predict
+  tracelake serve models:/support-bot/3
 
 \b
-my_agent:app is any ASGI app (FastAPI, Starlette, ...) and needs no line of ours. Metrics are at /metrics.
+TARGET is module:attribute or an MLflow model, and needs no line of ours:
+  an ASGI app (FastAPI, Starlette, ...), AgentServer   as it is
+  a function of the request's JSON object              POST /invocations; what it yields is streamed
+  an object with predict, ResponsesAgent, ChatAgent    the same; "stream": true is predict_stream
+  models:/name/version, runs:/id/path, a folder        MLflow's scoring server, and streams
+
+\b
+Metrics are at /metrics.
 Each option is also an environment variable, INFERENCE_TABLE_DURABILITY and so on."""
 )
-@click.argument("app", metavar="MODULE:APP")
+@click.argument("target")
 @table_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
@@ -136,7 +145,7 @@ Each option is also an environment variable, INFERENCE_TABLE_DURABILITY and so o
     type=click.Choice(["critical", "error", "warning", "info", "debug", "trace"]),
 )
 def serve(
-    app: str,
+    target: str,
     table: str | None,
     host: str,
     port: int,
@@ -146,11 +155,14 @@ def serve(
     **settings: Any,
 ) -> None:
     """Serve an agent and record every request it answers."""
-    from serving.app import serve as serve_app
+    from serving.mlflow_version import check_mlflow
+
+    check_mlflow()
+    from serving.serve import serve as serve_target
 
     given = {name: value for name, value in {"uri": table, **settings}.items() if value is not None}
-    serve_app(
-        app, host=host, port=port, workers=workers, app_dir=app_dir, log_level=log_level, settings=given
+    serve_target(
+        target, host=host, port=port, workers=workers, app_dir=app_dir, log_level=log_level, settings=given
     )
 
 

@@ -1,132 +1,71 @@
-"""``tracelake serve``: any ASGI app under uvicorn, with capture on and nothing of ours in its code."""
+"""Any agent as an ASGI app: what :func:`as_app` takes is what ``tracelake serve`` can serve."""
 
 import importlib
 import importlib.util
-import os
-import signal
-import sys
-import tempfile
-from collections.abc import Mapping
+import inspect
+import re
 from pathlib import Path
 from typing import Any, Final
 
-from prometheus_client.multiprocess import mark_process_dead
+from starlette.types import ASGIApp
 
 from inference_table.errors import SettingsError
-from inference_table.settings import ENV_PREFIX, StorageSettings
-from serving.exposition import MULTIPROC_VARIABLE, MetricsApp
-from serving.middleware import InferenceTableMiddleware
-from serving.settings import ENABLE_VARIABLE, settings_from
-from serving.tracing import ensure_installed
+from serving import mlflow_model
+from serving.endpoint import function_app
+from serving.function import AgentFunction, is_asgi
 
-__all__ = ["create_app", "load_app", "serve"]
+__all__ = ["as_app", "load_app", "prepare"]
 
-TARGET_VARIABLE: Final = "TRACELAKE_APP"
-FAILURE_VARIABLE: Final = "TRACELAKE_FAILURE_FILE"
-METRICS_PATH: Final = "/metrics"
+MODEL_FILE: Final = "MLmodel"
+URI: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:/")
 
 
-def serve(
-    target: str,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    workers: int = 1,
-    app_dir: str = ".",
-    log_level: str = "info",
-    settings: Mapping[str, Any] | None = None,
-) -> None:
-    """Serve an ASGI app with capture on, until it is stopped by a signal.
-
-    ``/metrics`` answers with Prometheus metrics of all workers; every other path is the app's.
+def as_app(agent: Any) -> ASGIApp:
+    """An agent as an ASGI app.
 
     Args:
-        target: the app as an import string, ``module:attribute``.
-        settings: fields of the capture and storage settings, which win over the environment.
+        agent: one of
+
+            - an ASGI app (FastAPI, Starlette, a function of ``scope``, ``receive`` and ``send``), as it is;
+            - a Python function that takes the request's JSON object, sync, async or a generator;
+            - an object with ``predict`` and perhaps ``predict_stream``, for requests with ``"stream": true``;
+            - MLflow's ``ResponsesAgent``, ``ChatAgent``, ``AgentServer``, or a model that
+              ``mlflow.pyfunc.load_model`` returned.
 
     Raises:
-        SettingsError: a setting or the import string is not accepted.
-        SpoolError: the spool can't be used.
-        TableError: the table can't be reached, created or written to.
+        SettingsError: it is nothing of these.
     """
-    import uvicorn
-
-    from inference_table.writer import Writer
-
-    given = {name: value for name, value in (settings or {}).items() if value is not None}
-    _, storage = settings_from(given)
-    sys.path.insert(0, str(Path(app_dir).absolute()))
-    find_app(target)
-    Writer(storage).check()
-    # Workers are new processes: what they are to do reaches them through the environment.
-    os.environ.update({f"{ENV_PREFIX}{name.upper()}": str(value) for name, value in given.items()})
-    os.environ.update({ENABLE_VARIABLE: "true", TARGET_VARIABLE: target})
-    with tempfile.TemporaryDirectory(prefix="tracelake-serve-", ignore_cleanup_errors=True) as folder:
-        failure = Path(folder) / "failure"
-        if workers > 1:
-            os.environ[FAILURE_VARIABLE] = str(failure)
-            shared = os.environ.setdefault(MULTIPROC_VARIABLE, folder)
-            # This process was none of the workers: what it has set itself is not theirs.
-            mark_process_dead(os.getpid(), shared)  # type: ignore[no-untyped-call]
-        uvicorn.run(
-            "serving.app:create_app",
-            factory=True,
-            host=host,
-            port=port,
-            workers=workers,
-            app_dir=app_dir,
-            log_level=log_level,
+    if inspect.isclass(agent):
+        raise SettingsError(
+            f"{agent.__name__} is a class; make an instance of it in its module, and serve that"
         )
-        if failure.exists():
-            raise SettingsError(failure.read_text(encoding="utf-8"))
+    if (app := mlflow_model.app_of(agent)) is not None:
+        return app
+    if callable(agent) and is_asgi(agent):
+        asgi: ASGIApp = agent
+        return asgi
+    if callable(predict := getattr(agent, "predict", None)):
+        stream = getattr(agent, "predict_stream", None)
+        return function_app(AgentFunction.of(predict), AgentFunction.of(stream) if callable(stream) else None)
+    if callable(agent):
+        return function_app(AgentFunction.of(agent))
+    raise SettingsError(
+        f"a {type(agent).__name__} is neither an ASGI app nor a function, and has no predict"
+        + ("; serve a function that calls its invoke" if hasattr(agent, "invoke") else "")
+    )
 
 
-def create_app() -> "ServedApp":
-    """The app that a worker of ``serve`` runs; what it is comes from the environment.
+def prepare(target: str) -> str:
+    """Check that what an import string or a model's URI names is there, without running it.
 
-    uvicorn starts a worker again whenever it dies, so one that can't load the app stops its parent too.
-    """
-    target = os.environ[TARGET_VARIABLE]
-    # Before the app is imported: instrumentors that it sets up are given the provider of that moment.
-    ensure_installed()
-    try:
-        app = load_app(target)
-    except BaseException as error:
-        if failure := os.environ.get(FAILURE_VARIABLE):
-            why = error if isinstance(error, SettingsError) else f"{type(error).__name__}: {error}"
-            Path(failure).write_text(f"the workers cannot load {target!r}: {why}", encoding="utf-8")
-            os.kill(os.getppid(), signal.SIGTERM)
-        raise
-    return ServedApp(app)
-
-
-class ServedApp:
-    """The user's app behind the middleware, with ``/metrics`` beside it."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = InferenceTableMiddleware(app)
-        self._metrics = MetricsApp(StorageSettings.from_environ())
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        is_metrics = (
-            scope["type"] == "http" and scope["path"] == METRICS_PATH and scope["method"] in {"GET", "HEAD"}
-        )
-        await (self._metrics if is_metrics else self._app)(scope, receive, send)
-
-
-def split_target(target: str) -> tuple[str, str]:
-    module, separator, attribute = target.partition(":")
-    if not (module and separator and attribute):
-        raise SettingsError(f"{target!r} is no import string: give module:attribute, such as my_agent:app")
-    return module, attribute
-
-
-def find_app(target: str) -> None:
-    """Check that the module of an import string is there, without running it.
+    Returns:
+        What :func:`load_app` takes in its place: a model is downloaded where it is elsewhere.
 
     Raises:
         SettingsError: it is not.
     """
+    if is_model(target):
+        return mlflow_model.fetch_model(target)
     module, _ = split_target(target)
     try:
         found = importlib.util.find_spec(module)
@@ -137,22 +76,44 @@ def find_app(target: str) -> None:
             f"cannot import {target!r}: there is no module {module!r} in {Path.cwd()} or on the Python path;"
             " start in its folder or give --app-dir"
         )
+    return target
 
 
-def load_app(target: str) -> Any:
-    """The app behind an import string.
+def load_app(target: str) -> ASGIApp:
+    """The app behind an import string, or that of the model at a URI or in a folder.
 
     Raises:
-        SettingsError: there is no such module or attribute, or it can't be called.
+        SettingsError: there is no such module, attribute or model, or it can't be served.
         Exception: what the module itself raises while it is imported.
     """
-    find_app(target)
+    if is_model(target := prepare(target)):
+        return mlflow_model.ModelApp(mlflow_model.load_model(target))
+    try:
+        return as_app(imported(target))
+    except SettingsError as error:
+        raise SettingsError(f"cannot serve {target!r}: {error}") from error
+
+
+def is_model(target: str) -> bool:
+    """Whether a target is a URI, such as ``models:/name/1``, or a folder with an MLflow model."""
+    return URI.match(target) is not None or (Path(target) / MODEL_FILE).is_file()
+
+
+def split_target(target: str) -> tuple[str, str]:
+    module, separator, attribute = target.partition(":")
+    if not (module and separator and attribute):
+        raise SettingsError(
+            f"{target!r} is no import string and no folder with an MLflow model: give module:attribute, such "
+            "as my_agent:app, or models:/name/version"
+        )
+    return module, attribute
+
+
+def imported(target: str) -> Any:
     module, attribute = split_target(target)
     found: Any = importlib.import_module(module)
     for name in attribute.split("."):
         if not hasattr(found, name):
-            raise SettingsError(f"cannot import {target!r}: module {module!r} has no attribute {attribute!r}")
+            raise SettingsError(f"module {module!r} has no attribute {attribute!r}")
         found = getattr(found, name)
-    if not callable(found):
-        raise SettingsError(f"{target!r} is a {type(found).__name__}, not an ASGI app")
     return found

@@ -1,5 +1,6 @@
-"""``tracelake serve``: any ASGI app, recorded, with metrics."""
+"""``tracelake serve``: any agent, recorded, with metrics."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,11 +10,15 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from inference_table.errors import SettingsError
 from inference_table.settings import StorageSettings
 from serving.exposition import MetricsApp
+from serving.serve import serve
+from tests.serving.recorded import outline, trace_of
 from tests.support import ROOT, free_port, rows, running, served, wait_for
 
 AGENT = "tests.deploy.kill_agent:app"
+FUNCTIONS = "tests.serving.function_agents"
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -65,6 +70,10 @@ def test_settings_of_the_command_line_reach_the_workers(tmp_path: Path) -> None:
         ("tests.deploy.kill_agent:ap", "has no attribute 'ap'"),
         ("tests.deploy.kill_agent:Any.x", "has no attribute 'Any.x'"),
         ("tests.deploy.kill_agent", "give module:attribute"),
+        ("./no/such/model", "no folder with an MLflow model"),
+        (f"{FUNCTIONS}:Agent", "Agent is a class; make an instance of it"),
+        (f"{FUNCTIONS}:make_app", "make_app() takes no argument"),
+        (f"{FUNCTIONS}:two", "can't be called with the request alone"),
     ],
 )
 def test_an_app_that_cannot_be_imported_stops_the_start(
@@ -89,6 +98,27 @@ def test_an_app_that_cannot_be_imported_stops_the_start(
     )
     assert ended.returncode == 1
     assert message in ended.stderr.splitlines()[-1]
+
+
+def test_a_function_is_served_by_workers(tmp_path: Path) -> None:
+    """A function in a module, whole and streamed, in several processes; /metrics is beside it."""
+    arguments = (f"{FUNCTIONS}:predict", "--workers", "2")
+    with served(*arguments, env=environment(tmp_path), log=tmp_path / "log") as (url, _):
+        for _ in range(10):
+            reply = httpx.post(f"{url}/invocations", json={"question": "why"})
+            assert reply.json() == {"found": ["about why"]}
+        assert "tracelake_captured_total" in httpx.get(f"{url}/metrics").text
+    traces = [trace_of(row) for row in rows(tmp_path / "payload")]
+    assert [outline(trace) for trace in traces] == ["predict(search)"] * 10
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mlflow.pyfunc") is not None, reason="full MLflow is here")
+def test_a_model_without_full_mlflow_stops_the_start(tmp_path: Path) -> None:
+    """The error names what to install."""
+    (tmp_path / "MLmodel").write_text("flavors: {}")
+    for target in ("models:/support/1", str(tmp_path)):
+        with pytest.raises(SettingsError, match=r"need the whole of MLflow .*tracelake\[mlflow\]"):
+            serve(target, settings={"uri": str(tmp_path / "payload"), "spool_dir": tmp_path / "spool"})
 
 
 def test_metrics_can_be_mounted_anywhere(tmp_path: Path) -> None:
