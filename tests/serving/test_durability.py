@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,8 @@ class Endpoint:
     @contextlib.contextmanager
     def broken_spool(self) -> Iterator[None]:
         """With a file where the spool's folder was, no segment can be written."""
-        shutil.rmtree(self.folder / "spool")
+        # At once: a committer that lists its folders meanwhile would put something into a tree being removed.
+        (self.folder / "spool").rename(self.folder / "spool that was")
         (self.folder / "spool").write_text("")
         yield
         (self.folder / "spool").unlink()
