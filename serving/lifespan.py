@@ -74,7 +74,7 @@ class Lifespan:
         await self._server_send(message)
 
     async def _close(self) -> None:
-        await asyncio.to_thread(self._recorder.writer.close)
+        await self._recorder.close()
 
 
 async def start(recorder: Recorder) -> str | None:

@@ -1,5 +1,6 @@
 """Begins an exchange for each captured request, and runs the app inside it."""
 
+import asyncio
 import random
 from collections.abc import Awaitable, Callable, MutableMapping
 from time import perf_counter_ns
@@ -27,6 +28,8 @@ CAPTURED_KEY: Final = "tracelake.captured"
 """Marks a scope, so that a request passing two of our middlewares makes one row."""
 BYTES_ONLY: Final = frozenset({"http.response.pathsend", "http.response.zerocopysend"})
 """ASGI extensions by which a reply's body would pass us unseen."""
+CANCELLED_SECONDS: Final = 1.0
+"""How long requests of a stopping server are waited for: it has cancelled them, so they are about to end."""
 BEGIN: Final = Border("begin")
 TRACING: Final = Border("tracing")
 FINISH: Final = Border("finish")
@@ -48,6 +51,7 @@ class Recorder:
         self.storage = storage
         self.writer = Writer(storage)
         self._encoder = RowEncoder(settings, storage.max_payload_bytes, redact)
+        self._running = 0
         self._draw = random.Random()  # not the agent's: random.seed() there must not choose our sample
 
     def start(self) -> None:
@@ -60,6 +64,16 @@ class Recorder:
         self.writer.check()
         tracing.ensure_installed()
         self.writer.start()
+
+    async def close(self) -> None:
+        """Take what is still running, and flush.
+
+        Servers cancel requests that outlast their patience, and tell of the shutdown before those have ended.
+        """
+        waited = perf_counter_ns() + int(CANCELLED_SECONDS * 1e9)
+        while self._running and perf_counter_ns() < waited:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(self.writer.close)
 
     def captures(self, scope: Scope) -> bool:
         """Whether a request is to be recorded."""
@@ -90,6 +104,7 @@ class Recorder:
 
     async def _run(self, exchange: Exchange, app: App, scope: Scope) -> None:
         gate = exchange.gate
+        self._running += 1
         try:
             await run_within(exchange.traces, app, scope, exchange.receive, exchange.send)
         except BaseException as error:
@@ -108,6 +123,7 @@ class Recorder:
             exchange.app_returned = True
             with FINISH:
                 exchange.finish()
+            self._running -= 1
 
     def _begin(self, scope: Scope, receive: Receive, send: Send, durability: Durability) -> Exchange:
         request_id = uuid7()

@@ -44,9 +44,8 @@ def free_port() -> int:
 @contextlib.contextmanager
 def running(app: Any, **config: Any) -> Iterator[str]:
     """A real uvicorn around ``app`` in a thread of this process; yields its URL, stops it cleanly."""
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5, **config)
-    )
+    options = {"log_level": "error", "timeout_graceful_shutdown": 5, **config}
+    server = uvicorn.Server(uvicorn.Config(app, port=0, **options))
     thread = threading.Thread(target=run_server, args=(server,))
     thread.start()
     try:

@@ -1,5 +1,6 @@
 """From a request over a real socket to its row."""
 
+import asyncio
 import base64
 import gzip
 import json
@@ -15,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import mlflow
 import orjson
 import pytest
 from fastapi import FastAPI
@@ -504,6 +506,34 @@ def test_a_table_that_cannot_be_made_stops_the_start(
     with pytest.raises(RuntimeError, match="refused to start"), running(Endpoint(tmp_path).app):
         pass
     assert str(tmp_path / "payload") in caplog.text
+
+
+def test_requests_that_a_stopping_server_cancels_are_recorded(tmp_path: Path) -> None:
+    """A server that has no more patience cancels what still runs; each such request has its row."""
+    app, running_now = FastAPI(), []
+
+    @app.post("/stuck")
+    async def stuck() -> None:
+        with mlflow.start_span("stuck"):
+            running_now.append(True)
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(0.3)  # an agent that cleans up
+
+    endpoint = Endpoint(tmp_path, app)
+    server = running(
+        endpoint.app, timeout_graceful_shutdown=1, log_level="critical"
+    )  # it logs each at length
+    with ThreadPoolExecutor(3) as clients, server as url:
+        for _ in range(3):
+            clients.submit(httpx.post, f"{url}/stuck", timeout=30)
+        wait_for(lambda: len(running_now) == 3, "the requests to run")
+    found = rows(endpoint.table)
+    assert [row["status_code"] for row in found] == [500] * 3
+    for row in found:
+        [span] = output_of(row)["trace"]["data"]["spans"]
+        assert (span["name"], span["status"]["code"]) == ("stuck", "STATUS_CODE_ERROR")
 
 
 def test_without_a_lifespan_a_mistake_lets_requests_pass(tmp_path: Path) -> None:
