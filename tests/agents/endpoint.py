@@ -12,7 +12,7 @@ import httpx
 from mlflow.entities import Span, Trace
 
 from tests.serving.recorded import Recorded
-from tests.support import Process, answers, free_port, output_of, served, wait_for
+from tests.support import ROOT, Process, answers, free_port, output_of, served, wait_for
 
 __all__ = ["Agent", "Asked", "exception_of", "serving", "uvicorn_serving"]
 
@@ -80,7 +80,9 @@ def uvicorn_serving(app: str, folder: Path, env: Mapping[str, str]) -> Iterator[
     """A plain uvicorn around an agent, which adds our middleware itself if it wants it."""
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", app, "--port", str(port)]
-    process = Process(command, {**storage_in(folder), **env}, folder / "log")
+    # In the test's folder: an agent that nobody captures has MLflow write a store where it runs.
+    environment = {**storage_in(folder), "PYTHONPATH": str(ROOT), **env}
+    process = Process(command, environment, folder / "log", cwd=folder)
     url = f"http://127.0.0.1:{port}"
     try:
         wait_for(lambda: answers(url) or process.popen.poll() is not None, f"{url} to answer", 60)
