@@ -6,10 +6,10 @@ would become traces of their own, or siblings of what they are part of. Both kin
 goes under the innermost of the two.
 """
 
-from mlflow.tracing.provider import get_current_context
+from mlflow.tracing.provider import mlflow_runtime_context
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import Span as OTelSpan
-from opentelemetry.trace import Span, SpanContext, get_current_span
+from opentelemetry.trace import INVALID_SPAN, Span, SpanContext, get_current_span
 
 from serving.traces import CURRENT, owner_of
 
@@ -22,11 +22,12 @@ def enclosing_span(parent_context: Context | None) -> Span:
     A parent that the caller chose, rather than the active span of either context, stays.
     """
     given = get_current_span(parent_context)
-    mlflow_context = get_current_context()
-    if mlflow_context is None:
-        return given  # MLflow shares the application's provider, and its context
-    active, otel_active = get_current_span(mlflow_context), get_current_span()
+    # Not by MLflow's get_current_context(), which looks an environment variable up for each span: where MLflow
+    # shares the application's provider and its context, nothing is active in this one.
+    active, otel_active = get_current_span(mlflow_runtime_context.get_current()), get_current_span()
     if given is active:
+        if otel_active is INVALID_SPAN:
+            return given
         other = otel_active
     elif given is otel_active:
         other = active

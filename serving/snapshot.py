@@ -94,7 +94,7 @@ def snapshot(value: Any) -> tuple[Snapshot, int]:
     copier = Copier()
     try:
         try:
-            return copier.copy(value, 0), copier.nbytes + NODE_BYTES
+            return copier.copy(value), copier.nbytes + NODE_BYTES
         except (TypeError, ValueError, TooDeepError):
             text = JsonText(text_of_whole(value))
             return text, len(text.text) + NODE_BYTES
@@ -123,10 +123,10 @@ class Copier:
 
     def __init__(self) -> None:
         self.nbytes = 0
-        self.path: set[int] = set()
+        self.path: list[int] = []
         """The containers that are being copied. One that contains itself would be copied once per level."""
 
-    def copy(self, value: Any, depth: int) -> Snapshot:
+    def copy(self, value: Any) -> Snapshot:
         kind = type(value)
         if kind is str:
             self.nbytes += len(value)
@@ -135,24 +135,20 @@ class Copier:
             return value
         if kind is float:
             return value if isfinite(value) else JsonText(float_text(value))
-        identity = id(value)
-        if depth >= MAX_DEPTH or identity in self.path:
+        path, identity = self.path, id(value)
+        if len(path) >= MAX_DEPTH or identity in path:
             raise TooDeepError
-        self.path.add(identity)
-        try:
-            if kind is dict:
-                return self._copy_items(list(value.items()), depth)
-            if kind is list or kind is tuple:
-                return self._copy_list(value, depth)
-            return self._convert(value, depth)
-        except (TypeError, ValueError, TooDeepError):
-            raise  # MLflow then records the whole value's repr
-        except Exception as error:  # noqa: BLE001 - as in snapshot(), but the rest of the value is kept
-            return unrecordable(value, error)
-        finally:
-            self.path.discard(identity)
+        path.append(identity)
+        if kind is dict:
+            copied = self._copy_items(list(value.items()))
+        elif kind is list or kind is tuple:
+            copied = self._copy_list(list(value))
+        else:
+            copied = self._copy_foreign(value)
+        path.pop()
+        return copied
 
-    def _copy_items(self, items: list[tuple[Any, Any]], depth: int) -> Snapshot:
+    def _copy_items(self, items: list[tuple[Any, Any]]) -> Snapshot:
         copied: dict[str, Snapshot] = {}
         nbytes = NODE_BYTES * len(items)
         for key, item in items:
@@ -164,33 +160,42 @@ class Copier:
             elif kind in UNCOUNTED:
                 copied[name] = item
             elif kind in CONTAINERS or not is_not_given(kind):
-                copied[name] = self.copy(item, depth + 1)
+                copied[name] = self.copy(item)
         self.nbytes += nbytes
         return copied
 
-    def _copy_list(self, value: list[Any] | tuple[Any, ...], depth: int) -> Snapshot:
-        items = list(value)
+    def _copy_list(self, items: list[Any]) -> Snapshot:
         self.nbytes += NODE_BYTES * len(items)
         if len(items) > 16 and (size := uniform_size(items)) is not None:
             self.nbytes += size
             return items
-        return [self.copy(item, depth + 1) for item in items]
+        return [self.copy(item) for item in items]
 
-    def _convert(self, value: Any, depth: int) -> Snapshot:
+    def _copy_foreign(self, value: Any) -> Snapshot:
+        depth = len(self.path)
+        try:
+            return self._convert(value)
+        except (TypeError, ValueError, TooDeepError):
+            raise  # MLflow then records the whole value's repr
+        except Exception as error:  # noqa: BLE001 - as in snapshot(), but the rest of the value is kept
+            del self.path[depth:]
+            return unrecordable(value, error)
+
+    def _convert(self, value: Any) -> Snapshot:
         """What is not exactly a JSON type, in the order in which the standard library's encoder asks."""
         if isinstance(value, str):
-            return self.copy(str.__str__(value), depth)
+            return self.copy(str.__str__(value))
         if isinstance(value, int):
             return int.__int__(value)
         if isinstance(value, float):
-            return self.copy(float.__float__(value), depth)
+            return self.copy(float.__float__(value))
         if isinstance(value, list | tuple):
-            return self._copy_list(list(value), depth)
+            return self._copy_list(list(value))
         if isinstance(value, dict):
-            return self._copy_items(list(value.items()), depth)
+            return self._copy_items(list(value.items()))
         if isinstance(value, Attachment):
-            return self.copy(data_uri(value), depth)
-        return self.copy(ENCODER.default(value), depth + 1)
+            return self.copy(data_uri(value))
+        return self.copy(ENCODER.default(value))
 
 
 def uniform_size(items: list[Any]) -> int | None:

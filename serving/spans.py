@@ -14,6 +14,7 @@ from mlflow.entities.span import LiveSpan, Span, _SpanAttributesRegistry
 from mlflow.entities.span_event import SpanEvent
 from mlflow.entities.span_status import SpanStatus
 from mlflow.exceptions import MlflowException
+from mlflow.tracing.config import get_config
 from mlflow.tracing.constant import STREAM_CHUNK_EVENT_VALUE_KEY, SpanAttributeKey
 from mlflow.tracing.fluent import _set_last_active_trace_id
 from mlflow.tracing.utils.default_log_level import default_log_level_for_span_type
@@ -75,23 +76,32 @@ class SnapshotAttributes(_SpanAttributesRegistry):
         self.values = {key: self.values.get(key) for key in KEPT}
 
     def set(self, key: str, value: Any) -> None:
-        values = self.values  # of now: a span that is muted while the snapshot is taken has others
-        if self.muted or self._span.end_time is not None or is_not_given(type(value)):
-            return
-        if not isinstance(key, str) or not key:
-            super().set(key, value)  # says what is wrong, and stores nothing
-            return
         started = perf_counter_ns()
-        name = str.__str__(key)
-        values[name], nbytes = snapshot(value)
-        self.meter.nbytes += nbytes - self._sizes.get(name, 0)
-        self._sizes[name] = nbytes
-        self.meter.overhead_ns += perf_counter_ns() - started
+        values = self.values  # of now: a span that is muted while the snapshot is taken has others
+        kind = type(value)
+        if self.muted or self._span.end_time is not None:
+            return
+        if type(key) is not str or not key:
+            if not isinstance(key, str) or not key:
+                super().set(key, value)  # says what is wrong, and stores nothing
+                return
+            key = str.__str__(key)
+        if kind is str:
+            values[key], nbytes = value, len(value) + NODE_BYTES
+        elif is_not_given(kind):
+            return
+        else:
+            values[key], nbytes = snapshot(value)
+        meter, sizes = self.meter, self._sizes
+        meter.nbytes += nbytes - sizes.get(key, 0)
+        sizes[key] = nbytes
+        meter.overhead_ns += perf_counter_ns() - started
 
     def get(self, key: str) -> Any:
         if key in self.values:
             return thaw(self.values[key])
-        return super().get(key)
+        # MLflow's decorator looks at each span's outputs, which are mostly not set by then.
+        return super().get(key) if key in self._span._attributes else None  # type: ignore[operator]
 
     def get_all(self) -> dict[str, Any]:
         return {key: self.get(key) for key in {**raw_attributes(self._span), **self.values}}
@@ -134,7 +144,7 @@ class RecordedSpan(LiveSpan):
         self._chunks: list[Snapshot] = []
         self._handled_at_start = sys.exc_info()[1]
         # MLflow finds a live span by this attribute of the OpenTelemetry span.
-        otel_span.set_attribute(SpanAttributeKey.REQUEST_ID, f'"{trace_id}"')
+        otel_span._attributes[SpanAttributeKey.REQUEST_ID] = f'"{trace_id}"'  # type: ignore[index]
         keep_all_attributes(otel_span)
         if late:
             self.mute()
@@ -223,18 +233,19 @@ class RecordedSpan(LiveSpan):
     def _complete(
         self, outputs: Any | None, attributes: dict[str, Any] | None, status: SpanStatus | str | None
     ) -> None:
-        self.set_attributes(attributes or {})
+        if attributes:
+            self.set_attributes(attributes)
         if outputs is not None:
             self.set_outputs(outputs)
         started = perf_counter_ns()
         self._set_final_status(status)
         values = self._attributes.values
         if values.get(SpanAttributeKey.LOG_LEVEL) is None:
-            kind = self.span_type
+            kind = values.get(SpanAttributeKey.SPAN_TYPE)
             level = default_log_level_for_span_type(kind if isinstance(kind, str) else None)
             values[SpanAttributeKey.LOG_LEVEL] = int(level)
         self._meter.overhead_ns += perf_counter_ns() - started
-        if not self._attributes.muted:
+        if get_config().span_processors and not self._attributes.muted:
             apply_span_processors(self)
         if self._materialised:
             started = perf_counter_ns()

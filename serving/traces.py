@@ -218,10 +218,11 @@ class RecordedTrace:
         materialised = audience.exporter or audience.others
         live = RecordedSpan(span, self.info.trace_id, self.request, materialised=materialised, late=late)
         setattr(span, OWNER, self)
-        with InMemoryTraceManager.get_instance()._lock:
+        manager = InMemoryTraceManager.get_instance()
+        with manager._lock:
             if self not in self.entry.parts:  # all its spans had ended, after its request was sealed
                 self.entry = ManagedTrace.of(self)
-            self.entry.register(live)
+            self.entry.register(live, manager)
 
     def snapshot(self) -> TraceSnapshot:
         spans: list[LiveSpan | SpanState] = []
@@ -273,13 +274,12 @@ class ManagedTrace(_Trace):
     def _is_sealed(self) -> bool:
         return all(part.request.sealed and not part.audience.exporter for part in self.parts)
 
-    def register(self, span: RecordedSpan) -> None:
-        manager = InMemoryTraceManager.get_instance()
-        with manager._lock:
-            # MLflow's manager forgets: it holds 1,000 traces, for an hour.
-            if manager._traces.get(self.first.info.trace_id) is not self:
-                self.put(manager)
-            self.span_dict[span.span_id] = span
+    def register(self, span: RecordedSpan, manager: Any) -> None:
+        """Add a span; the caller holds the manager's lock."""
+        # MLflow's manager forgets: it holds 1,000 traces, for an hour.
+        if manager._traces.get(self.first.info.trace_id) is not self:
+            self.put(manager)
+        self.span_dict[span.span_id] = span
 
     def holds(self, context: SpanContext | None) -> bool:
         return context is not None and format_span_id(context.span_id) in self.span_dict

@@ -13,8 +13,9 @@ seeing to it that the provider is our own, unless ``mlflow.tracing.disable()`` h
 
 Private names of MLflow, tested with 3.15.0 and 3.17.2, used in the modules that make up this one:
 
-- here: ``tracing.provider``: ``provider`` with its ``once``, ``_isolated_tracer_provider_once`` and
-  ``_global_provider_init_once``, ``_get_span_processors``, ``_get_trace_sampler``;
+- here: ``tracing.provider``: ``provider`` with its ``once``, ``_isolated_tracer_provider``,
+  ``_isolated_tracer_provider_once`` and ``_global_provider_init_once``, ``_get_span_processors``,
+  ``_get_trace_sampler``;
   ``tracing.sampling._MlflowSampler``; ``tracing.utils.once.Once``; ``tracing.utils.warning``;
   ``tracing.processor.base_mlflow``; ``tracking.fluent._active_experiment_id``.
 - ``traces``: ``trace_manager``: ``_Trace``, ``InMemoryTraceManager`` with its ``_traces``, ``_lock``,
@@ -65,7 +66,15 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace import Span as OTelSpan
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision, Sampler, SamplingResult
-from opentelemetry.trace import Link, NoOpTracerProvider, Span, SpanKind, TraceState
+from opentelemetry.trace import (
+    Link,
+    NoOpTracerProvider,
+    Span,
+    SpanKind,
+    Tracer,
+    TraceState,
+    get_tracer_provider,
+)
 
 from inference_table import metrics
 from serving.nesting import enclosing_span, surrounds_request, was_sampled_out
@@ -127,6 +136,8 @@ class RequestSampler(Sampler):
                 parent_context, trace_id, name, kind, attributes, links, trace_state
             )
         state = context.trace_state if context is not None else None
+        if wanted and not attributes and not state:
+            return RECORDED
         return SamplingResult(Decision.RECORD_AND_SAMPLE if wanted else Decision.DROP, attributes, state)
 
     def _is_wanted(self, request: RequestTraces | None) -> bool:
@@ -136,6 +147,10 @@ class RequestSampler(Sampler):
 
     def get_description(self) -> str:
         return f"RequestSampler({self._roots.get_description()})"
+
+
+RECORDED: Final = SamplingResult(Decision.RECORD_AND_SAMPLE)
+"""That of almost all spans; made once."""
 
 
 def is_recorded(request: RequestTraces) -> bool:
@@ -209,12 +224,40 @@ class RequestSpanProcessor(SpanProcessor):
         return all(exporter.force_flush(timeout_millis) for exporter in self._exporters)
 
 
+class RequestTracerProvider(TracerProvider):
+    """OpenTelemetry's, which finds the tracer that MLflow asks for at each span by its name.
+
+    OpenTelemetry's own look-up describes the tracer twice, adds a filter for warnings and takes a lock, which
+    costs as much as all that our hooks do for a span.
+    """
+
+    def __init__(self, sampler: Sampler, resource: Resource | None, *, shutdown_on_exit: bool) -> None:
+        super().__init__(sampler, resource, shutdown_on_exit)
+        self._tracers_by_name: dict[tuple[str, str | None, str | None], Tracer] = {}
+
+    def get_tracer(
+        self,
+        instrumenting_module_name: str,
+        instrumenting_library_version: str | None = None,
+        schema_url: str | None = None,
+        attributes: Any = None,
+    ) -> Tracer:
+        name = (instrumenting_module_name, instrumenting_library_version, schema_url)
+        if attributes or name not in self._tracers_by_name:
+            tracer = super().get_tracer(*name, attributes)
+            if attributes:
+                return tracer
+            self._tracers_by_name[name] = tracer
+        return self._tracers_by_name[name]
+
+
 class Installation(Once):
     """Keeps our provider in MLflow's place. MLflow asks it before every span."""
 
-    def __init__(self, *, done: bool) -> None:
+    def __init__(self, *, done: bool, isolated: bool) -> None:
         super().__init__()
         self._done = done
+        self._isolated = isolated
         # The garbage collector may run a generator's clean-up at any point, which may start a span.
         self._installing = RLock()
         self._is_installing = False
@@ -236,18 +279,22 @@ class Installation(Once):
     def _is_settled(self) -> bool:
         if not self._done:
             return False
-        current = mlflow_provider.provider.get()
+        current = self._current()
         return current is self._provider or isinstance(current, NoOpTracerProvider)
+
+    def _current(self) -> object:
+        """The provider in force. MLflow's own ``get()`` looks an environment variable up each time."""
+        return mlflow_provider.provider._isolated_tracer_provider if self._isolated else get_tracer_provider()
 
     def _install(self) -> None:
         resolve_env_metadata()  # it is cached, and looks at files and at git the first time
         for module, message in SUPPRESSED:
             suppress_warning(module, message)
         self._exporting = self._exporting or is_export_wanted()
-        current, ours, replaced = mlflow_provider.provider.get(), self._provider, self._processor
+        current, ours, replaced = self._current(), self._provider, self._processor
         others = [processor for processor in processors_of(current) if not is_mlflow_or_ours(processor)]
         self._processor = RequestSpanProcessor(mlflow_processors(self._exporting))
-        if isinstance(current, TracerProvider) and not MLFLOW_USE_DEFAULT_TRACER_PROVIDER.get():
+        if isinstance(current, TracerProvider) and not self._isolated:
             self._provider = current  # the application's own, which MLflow was told to share
         else:
             self._provider = self._new_provider()
@@ -263,7 +310,7 @@ class Installation(Once):
         # Without a resource it is read from the environment, for those who export.
         resource = None if self._exporting else Resource.get_empty()
         sampler = RequestSampler(exporting=self._exporting)
-        return TracerProvider(sampler, resource, shutdown_on_exit=self._exporting)
+        return RequestTracerProvider(sampler, resource, shutdown_on_exit=self._exporting)
 
 
 def processors_of(provider: object) -> tuple[SpanProcessor, ...]:
@@ -340,8 +387,9 @@ def ensure_installed() -> None:
 
 def adopt(once: Once) -> Installation:
     carry_into_threads()
-    installation = Installation(done=once._done)
-    if MLFLOW_USE_DEFAULT_TRACER_PROVIDER.get():
+    isolated = MLFLOW_USE_DEFAULT_TRACER_PROVIDER.get()
+    installation = Installation(done=once._done, isolated=isolated)
+    if isolated:
         mlflow_provider.provider._isolated_tracer_provider_once = installation
     else:
         mlflow_provider.provider._global_provider_init_once = installation
