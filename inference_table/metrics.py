@@ -43,6 +43,11 @@ QUARANTINED: Final = Counter(
 SPOOL_GAPS: Final = Counter(
     "tracelake_spool_lost_segments_total", "Segment numbers missing in a folder whose owner is dead."
 )
+ENCODE_SECONDS: Final = Histogram(
+    "tracelake_encode_seconds",
+    "Seconds one record took to encode in the background, with the pauses in which it lets requests run.",
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1),
+)
 QUEUE_BYTES: Final = Gauge(
     "tracelake_queue_bytes",
     "Bytes held in memory: in flight, queued and being encoded.",

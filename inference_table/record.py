@@ -19,7 +19,7 @@ order mark is left out.
 import base64
 import codecs
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from itertools import accumulate
@@ -34,8 +34,11 @@ from inference_table.splice import NOT_JSON, Member, append_member, elements, me
 __all__ = [
     "DatabricksOutput",
     "EncodedTrace",
+    "Part",
+    "Parts",
     "Row",
     "client_request_id",
+    "no_pause",
     "request_column",
     "response_column",
     "return_trace",
@@ -48,19 +51,28 @@ OUTPUT: Final = b"databricks_output"
 MAX_CLIENT_REQUEST_ID: Final = 1024
 """Longest ``client_request_id``, in characters: listings read the column, and its text is a stranger's."""
 
-JOIN_BYTES: Final = 256 * 1024
-"""Payloads are joined to pieces of this size with the GIL held (~50 µs); pieces are joined without it."""
+JOIN_BYTES: Final = 64 * 1024
+"""Parts below this size are joined with the GIL held (~10 µs), larger ones copied without it."""
+
+
+def no_pause() -> None:
+    """Give no way: for those whom nobody waits for."""
+
+
+Part = bytes | memoryview
+Parts = Sequence[Part]
+"""A long text, to be joined once: joining megabytes at each step would copy them, with the GIL held."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedTrace:
     """One MLflow trace, encoded.
 
-    ``json`` is ``{"info": ..., "data": {"spans": [...]}}`` in UTF-8, as ``mlflow.entities.Trace.from_dict``
-    takes it; ``info`` is its ``info`` member alone.
+    ``parts`` together are ``{"info": ..., "data": {"spans": [...]}}`` in UTF-8, as
+    ``mlflow.entities.Trace.from_dict`` takes it; ``info`` is its ``info`` member alone.
     """
 
-    json: bytes
+    parts: Parts
     info: bytes
     trace_id: str
     state: str
@@ -69,10 +81,18 @@ class EncodedTrace:
     output_tokens: int | None = None
     total_cost_usd: float | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def json(self) -> bytes:
+        return b"".join(self.parts)
+
 
 @dataclass(slots=True)
 class Row:
-    """Values of one row, named as the columns; payloads are UTF-8 bytes."""
+    """Values of one row, named as the columns; payloads are UTF-8, ``response`` in parts."""
 
     databricks_request_id: str
     request_time: datetime
@@ -80,7 +100,7 @@ class Row:
     sampling_fraction: float
     execution_duration_ms: int
     request: bytes | None
-    response: bytes | None
+    response: Parts | None
     client_request_id: str | None = None
     logging_error_codes: list[str] = field(default_factory=list)
     served_entity_id: str | None = None
@@ -103,7 +123,8 @@ class Row:
     @property
     def nbytes(self) -> int:
         """Bytes of the payloads, which is what counts."""
-        return len(self.request or b"") + len(self.response or b"") + len(self.trace_info or b"") + 512
+        response = sum(map(len, self.response or ()))
+        return len(self.request or b"") + response + len(self.trace_info or b"") + 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,29 +137,32 @@ class DatabricksOutput:
     stream: Mapping[str, object] | None = None
     """What is known of a streamed response (``serving.streams.stream_facts``)."""
 
-    def to_json(self, agent: bytes = b"") -> bytes:
-        """The member's value; ``agent`` is the value that the agent itself had set, whose other keys stay.
+    def to_json(self, agent: bytes = b"") -> list[Part]:
+        """The member's value, in parts; ``agent`` is the value that the agent itself had set.
 
-        Ours win. The agent's trace moves to ``other_traces``, or stays ``trace`` where we have none. A value
-        that is no object stays as ``agent_output``.
+        The agent's other keys stay, ours win. Its trace moves to ``other_traces``, or stays ``trace`` where we
+        have none. A value that is no object stays as ``agent_output``.
         """
-        traces = [trace.json for trace in self.traces]
-        ours = [b'"databricks_request_id":' + orjson.dumps(self.databricks_request_id)]
+        traces: list[Parts] = [trace.parts for trace in self.traces]
+        rest = [b'"databricks_request_id":' + orjson.dumps(self.databricks_request_id)]
         if self.stream is not None:
-            ours.append(b'"stream":' + orjson.dumps(self.stream))
-        kept = []
+            rest.append(b'"stream":' + orjson.dumps(self.stream))
         for member in _agent_members(agent):
             if member.key == "trace":
-                traces += [member.value] if member.value != b"null" else []
+                traces += [[member.value]] if member.value != b"null" else []
             elif member.key == "other_traces":
-                traces += elements(member.value)
+                traces += [[element] for element in elements(member.value)]
             elif member.key != "databricks_request_id" and (member.key != "stream" or self.stream is None):
-                kept.append(member.raw)
-        if traces:
-            ours.insert(0, b'"trace":' + traces[0])
-        if len(traces) > 1:
-            ours.insert(1, b'"other_traces":[' + b",".join(traces[1:]) + b"]")
-        return b"{" + b",".join(ours + kept) + b"}"
+                rest.append(member.raw)
+        parts: list[Part] = [b"{"]
+        for trace in traces[:1]:
+            parts += (b'"trace":', *trace, b",")
+        if others := traces[1:]:
+            parts += (b'"other_traces":[', *others[0])
+            for trace in others[1:]:
+                parts += (b",", *trace)
+            parts.append(b"],")
+        return [*parts, b",".join(rest), b"}"]
 
 
 def request_column(body: bytes, *, missing: int | None = 0) -> bytes:
@@ -153,8 +177,8 @@ def request_column(body: bytes, *, missing: int | None = 0) -> bytes:
 
 def response_column(
     body: bytes, output: DatabricksOutput, *, content_type: str = "", missing: int | None = 0
-) -> bytes:
-    """Value of the column ``response``: ``body`` with ``output`` as its member ``databricks_output``.
+) -> Parts:
+    """Value of the column ``response``, in parts: ``body`` with ``output`` as its member ``databricks_output``.
 
     The body is taken for JSON where ``content_type`` says so or is empty; an aggregated stream is passed as
     ``application/json``. ``missing`` as in :func:`request_column`.
@@ -174,7 +198,7 @@ def response_column(
 def return_trace(body: bytes, output: DatabricksOutput) -> bytes | None:
     """A reply with ``output`` in it, for the client who asked for it; None where it is no JSON object."""
     value = parse(body)
-    return _splice(body, value, output) if isinstance(value, dict) else None
+    return b"".join(_splice(body, value, output)) if isinstance(value, dict) else None
 
 
 def is_json(content_type: str) -> bool:
@@ -203,7 +227,7 @@ def _member(body: bytes, key: str) -> Any:
     return value.get(key) if isinstance(value, dict) else None
 
 
-def _splice(body: bytes, value: Mapping[str, object], output: DatabricksOutput) -> bytes:
+def _splice(body: bytes, value: Mapping[str, object], output: DatabricksOutput) -> Parts:
     if OUTPUT.decode() not in value:
         return append_member(body, OUTPUT, output.to_json(), empty=not value)
     found = list(members(body))
@@ -214,9 +238,11 @@ def _splice(body: bytes, value: Mapping[str, object], output: DatabricksOutput) 
 
 
 def _is_utf8(body: bytes) -> bool:
+    # Arrow looks at it without the GIL.
+    offsets = pa.py_buffer(array("i", (0, len(body))))
     try:
-        body.decode()
-    except UnicodeDecodeError:
+        pa.StringArray.from_buffers(1, offsets, pa.py_buffer(body)).validate(full=True)
+    except pa.ArrowInvalid:
         return False
     return True
 
@@ -252,25 +278,35 @@ def _agent_members(agent: bytes) -> Iterator[Member]:
         yield Member("agent_output", b'"agent_output":' + agent, agent)
 
 
-def to_batch(rows: Sequence[Row]) -> pa.RecordBatch:
+def to_batch(rows: Sequence[Row], give_way: Callable[[], None] = no_pause) -> pa.RecordBatch:
     """Rows as one Arrow batch of the table's schema.
 
+    Args:
+        rows: the rows.
+        give_way: called now and then, to let other threads run.
+
     Raises:
-        pyarrow.ArrowInvalid: a payload column exceeds 2 GiB, the most an Arrow ``string`` can hold.
+        OverflowError: a payload column exceeds 2 GiB, the most an Arrow ``string`` can hold.
     """
-    return pa.RecordBatch.from_arrays([_column(field, rows) for field in SCHEMA], schema=SCHEMA)
+    columns = []
+    for field in SCHEMA:
+        columns.append(_column(field, rows))
+        give_way()
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
 def _column(field: pa.Field, rows: Sequence[Row]) -> pa.Array:
     values = [getattr(row, field.name) for row in rows]
-    if field.name in BYTES_COLUMNS:
+    if field.name == "response":
         return _payloads(values)
+    if field.name in BYTES_COLUMNS:
+        return _payloads([None if value is None else (value,) for value in values])
     if field.name in FOREIGN_COLUMNS:
         values = [_encodable(value) for value in values]
     return pa.array(values, field.type)
 
 
-BYTES_COLUMNS: Final = frozenset({"request", "response", "trace_info"})
+BYTES_COLUMNS: Final = frozenset({"request", "trace_info"})
 FOREIGN_COLUMNS: Final = frozenset({"client_request_id", "requester", "request_metadata"})
 """Columns with text from outside, where a surrogate, which UTF-8 has no bytes for, would fail the batch."""
 
@@ -281,22 +317,34 @@ def _encodable(value: Any) -> Any:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-def _payloads(values: Sequence[bytes | None]) -> pa.Array:
-    """A string column over joined bytes: no Python object per value, and no long copy with the GIL held."""
-    pieces, start, size = [], 0, 0
-    for stop, value in enumerate(values, 1):
-        size += len(value or b"")
-        if size >= JOIN_BYTES or stop == len(values):
-            pieces.append(_piece(values[start:stop]))
-            start, size = stop, 0
-    return pa.concat_arrays(pieces) if pieces else pa.array([], pa.string())
-
-
-def _piece(values: Sequence[bytes | None]) -> pa.Array:
-    parts = [value or b"" for value in values]
-    offsets = array("i", accumulate(map(len, parts), initial=0))
-    data = parts[0] if len(parts) == 1 else b"".join(parts)
-    valid = pa.array([value is not None for value in values]).buffers()[1]
+def _payloads(values: Sequence[Parts | None]) -> pa.Array:
+    """A string column, its bytes copied once and without the GIL."""
+    if not values:
+        return pa.array([], pa.string())
+    offsets = array("i", accumulate((sum(map(len, parts or ())) for parts in values), initial=0))
+    data = pa.allocate_buffer(offsets[-1])
+    with pa.FixedSizeBufferWriter(data) as sink:
+        for parts in values:
+            for part in grouped(parts or ()):
+                sink.write(part)
+    valid = pa.array([parts is not None for parts in values]).buffers()[1]
     return pa.StringArray.from_buffers(
-        len(parts), pa.py_buffer(offsets), pa.py_buffer(data), valid, sum(value is None for value in values)
+        len(values), pa.py_buffer(offsets), data, valid, sum(parts is None for parts in values)
     )
+
+
+def grouped(parts: Parts) -> Iterator[Part]:
+    """The same text in fewer parts: small ones are joined, as each write takes the GIL back."""
+    small: list[Part] = []
+    size = 0
+    for part in parts:
+        if len(part) < JOIN_BYTES:
+            small.append(part)
+            size += len(part)
+        if small and (size >= JOIN_BYTES or len(part) >= JOIN_BYTES):
+            yield b"".join(small)
+            small, size = [], 0
+        if len(part) >= JOIN_BYTES:
+            yield part
+    if small:
+        yield b"".join(small)

@@ -5,7 +5,7 @@ escapes, and more than 1,024 levels.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -31,11 +31,16 @@ def parse(body: bytes) -> Any:
     return value
 
 
-def append_member(body: bytes, key: bytes, value: bytes, *, empty: bool = False) -> bytes:
-    """The JSON object ``body``, ``empty`` or not, with one more member; all its bytes stay."""
+def append_member(
+    body: bytes, key: bytes, value: Iterable[bytes | memoryview], *, empty: bool = False
+) -> list[bytes | memoryview]:
+    """The JSON object ``body``, ``empty`` or not, with one more member; all its bytes stay.
+
+    The value and the result are in parts, to be joined.
+    """
     end = body.rindex(b"}")
     comma = b"" if empty else b","
-    return b"".join((memoryview(body)[:end], comma, b'"', key, b'":', value, memoryview(body)[end:]))
+    return [memoryview(body)[:end], comma + b'"' + key + b'":', *value, memoryview(body)[end:]]
 
 
 class Member(NamedTuple):

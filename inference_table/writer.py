@@ -51,6 +51,8 @@ WINDOW_SECONDS: Final = 0.05
 """How long records gather before they share a segment: at most 20 files a second and process."""
 SEGMENT_BYTES: Final = 16 * 1024 * 1024
 """Encoded rows that close a segment: bounds the copy that encoding makes beside the memory budget."""
+GIVE_WAY_SECONDS: Final = 0.00005
+"""Long enough for a thread that waits for the interpreter to wake up; with Linux's timer slack about 0.1 ms."""
 CONFIRM_SECONDS: Final = 0.02
 """How often the encode thread looks whether a committed reply may leave."""
 MAX_BACKOFF_SECONDS: Final = 5.0
@@ -76,8 +78,8 @@ class Recordable(Protocol):
     def drop_traces(self) -> None:
         """Let go of the traces: the record is dropped, or they never fit into memory, as its row will say."""
 
-    def encode(self) -> Row:
-        """The row. Called once, in the encode thread."""
+    def encode(self, give_way: Callable[[], None]) -> Row:
+        """The row. Called once, in the encode thread; calls ``give_way`` between steps of up to a millisecond."""
 
 
 @dataclass(slots=True)
@@ -179,6 +181,8 @@ class Writer:
         """
         self._spool.check()
         open_or_create_table(self.settings)
+        # Arrow imports pandas, if it is there, at its first array: half a second that no request shall feel.
+        pa.array([None])
         self._commits.table_checked = True
 
     def start(self) -> None:
@@ -312,12 +316,21 @@ class Writer:
             taken += 1
         return ready[:taken]
 
+    def _give_way(self) -> None:
+        """Let the threads that answer requests have the interpreter, unless that would cost records.
+
+        Python takes it from a thread after 5 ms only, and hands it to another only if this one sleeps.
+        """
+        if self.budget.used < self.budget.limit // 2 and not self._stopping.is_set():
+            time.sleep(GIVE_WAY_SECONDS)
+
     def _spool_some(self, ready: list[Queued]) -> None:
         """Encode and spool records; they leave ``_waiting`` when each has its outcome."""
         rows: list[tuple[Queued, Row]] = []
         for queued in ready:
             try:
-                rows.append((queued, queued.item.encode()))
+                with metrics.ENCODE_SECONDS.time():
+                    rows.append((queued, queued.item.encode(self._give_way)))
             except Exception as error:  # the writer's border: a record that fails must not stop the others
                 self._drop(queued, "encoding", "it could not be encoded", error)
         if rows:
@@ -327,7 +340,7 @@ class Writer:
 
     def _spool_rows(self, rows: list[tuple[Queued, Row]]) -> None:
         try:
-            batch = to_batch([row for _, row in rows])
+            batch = to_batch([row for _, row in rows], self._give_way)
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             # One row that no column can hold must not take the others with it.
             if len(rows) == 1:

@@ -4,7 +4,7 @@ A part that can fail for a reason of the payload's fails alone: the row is writt
 ``logging_error_codes``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -61,16 +61,21 @@ class RowEncoder:
                 snapshot.leave_experiment()
         return DatabricksOutput(exchange.request_id, [snapshot.encode() for snapshot in snapshots])
 
-    def encode(self, exchange: Exchange) -> Row:
-        """The row of a finished exchange. Seals its traces."""
+    def encode(self, exchange: Exchange, give_way: Callable[[], None]) -> Row:
+        """The row of a finished exchange. Seals its traces.
+
+        ``give_way`` is called between steps, so that none keeps the threads waiting that answer requests.
+        """
         codes: list[str] = []
-        traces = self._traces(exchange, codes)
+        traces = self._traces(exchange, codes, give_way)
+        give_way()
         request = Part("request", exchange.request, self._limit, codes)
         response = Part("response", exchange.response, self._limit, codes)
         if exchange.is_request_read and not exchange.is_request_complete:
             request.cut_short(ErrorCode.REQUEST_INCOMPLETE, codes)
         if exchange.is_cut_off and exchange.start_sent and not is_stream(response.media_type):
             response.cut_short(ErrorCode.RESPONSE_INCOMPLETE, codes)
+        give_way()
         stream = aggregate_stream(exchange, response)
         withheld = False
         if self._redact is not None:
@@ -87,10 +92,12 @@ class RowEncoder:
                 withheld, traces, stream = True, [], None
         output = DatabricksOutput(exchange.request_id, traces, stream)
         row = self._row(exchange, codes)
+        give_way()
         if not withheld:
             if exchange.is_request_read:
                 row.client_request_id = client_request_id(request.body)
                 row.request = request_column(request.body, missing=request.missing)
+                give_way()
             row.response = response_column(
                 response.body, output, content_type=response.media_type, missing=response.missing
             )
@@ -98,7 +105,9 @@ class RowEncoder:
             describe_trace(row, traces[0])
         return row
 
-    def _traces(self, exchange: Exchange, codes: list[str]) -> list[EncodedTrace]:
+    def _traces(
+        self, exchange: Exchange, codes: list[str], give_way: Callable[[], None]
+    ) -> list[EncodedTrace]:
         snapshots: Sequence[TraceSnapshot] | None = None
         with ENCODE_TRACE:
             snapshots = exchange.traces.seal()
@@ -112,17 +121,17 @@ class RowEncoder:
         for snapshot in snapshots:
             done = len(encoded)
             with ENCODE_TRACE:
-                encoded.append(snapshot.encode())
+                encoded.append(snapshot.encode(give_way))
             if len(encoded) == done:
                 codes.append(ErrorCode.TRACE_ENCODING_FAILED)
         return [self._within_limit(trace, codes) for trace in encoded]
 
     def _within_limit(self, trace: EncodedTrace, codes: list[str]) -> EncodedTrace:
-        if len(trace.json) <= self._limit:
+        if trace.nbytes <= self._limit:
             return trace
         self._too_large(codes)
-        cut = b'{"info":%b,"data":{"spans":[]},"truncated_bytes":%d}' % (trace.info, len(trace.json))
-        return replace(trace, json=cut)
+        cut = b'{"info":%b,"data":{"spans":[]},"truncated_bytes":%d}' % (trace.info, trace.nbytes)
+        return replace(trace, parts=[cut])
 
     def _too_large(self, codes: list[str]) -> None:
         codes.append(ErrorCode.MAX_TRACE_SIZE_EXCEEDED)

@@ -110,7 +110,7 @@ class Exchange:
         grace_seconds: float,
         budget: MemoryBudget,
         hand_over: Callable[["Exchange"], object],
-        encode: Callable[["Exchange"], Row],
+        encode: Callable[["Exchange", Callable[[], None]], Row],
     ) -> None:
         self.started_ns = perf_counter_ns()
         self.request_time_ns = time.time_ns()
@@ -283,8 +283,8 @@ class Exchange:
         self.traces_dropped = True
         self.traces.seal()
 
-    def encode(self) -> Row:
-        return self._encode(self)
+    def encode(self, give_way: Callable[[], None]) -> Row:
+        return self._encode(self, give_way)
 
 
 def content_length(headers: Iterable[tuple[bytes, bytes]]) -> float:

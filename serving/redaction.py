@@ -85,7 +85,7 @@ def bytes_of(value: Any) -> bytes:
 def encoded(trace: dict[str, Any], originals: dict[str, EncodedTrace]) -> EncodedTrace:
     original = originals[trace["info"]["trace_id"]]
     return EncodedTrace(
-        json=orjson.dumps(trace),
+        parts=[orjson.dumps(trace)],
         info=orjson.dumps(trace["info"]),
         trace_id=original.trace_id,
         state=original.state,

@@ -258,7 +258,8 @@ class TraceReply:
         with RETURN_TRACE:
             # The event before may have left out its blank line.
             gap = b"\n\n" if last else b""
-            return gap + b'data: {"databricks_output":' + self._output().to_json() + b"}\n\n"
+            output = b"".join(self._output().to_json())
+            return gap + b'data: {"databricks_output":' + output + b"}\n\n"
         return b""
 
 

@@ -261,12 +261,19 @@ def thaw(value: Snapshot) -> Any:
 
 def compact_text(value: Snapshot) -> str:
     """JSON text that loads as :func:`thaw` returns it, but for lone surrogates (:func:`readable_json`)."""
+    texts: list[str] = []
+
+    def fragment(part: JsonText) -> orjson.Fragment:
+        texts.append(part.text)
+        return orjson.Fragment(part.text)
+
     try:
         text = orjson.dumps(value, default=fragment).decode()
     except TypeError:
         # orjson refuses integers beyond 64 bits and lone surrogates.
         return well_formed(guarded(lambda: json.dumps(thaw(value), ensure_ascii=False)))
-    return readable_json(text)
+    # Only what it didn't write itself can hold such escapes, and looking for them costs as much as writing.
+    return readable_json(text) if texts else text
 
 
 def readable_json(text: str) -> str:
@@ -303,10 +310,6 @@ def guarded(dump: Callable[[], str]) -> str:
     except (ValueError, RecursionError) as error:
         # An integer of more digits than Python converts (sys.set_int_max_str_digits), or too many levels.
         return json.dumps(f"<could not be recorded: {error}>")
-
-
-def fragment(value: JsonText) -> orjson.Fragment:
-    return orjson.Fragment(value.text)
 
 
 def head_text(value: Snapshot, limit: int) -> str:

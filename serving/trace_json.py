@@ -9,7 +9,7 @@ encoded, one span at a time, so that no step holds the interpreter for long.
 
 import json
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -42,12 +42,14 @@ from mlflow.tracing.utils.truncation import (
 from mlflow.utils.providers import cost_per_token
 from opentelemetry.trace import SpanContext, Status, StatusCode
 
-from inference_table.record import EncodedTrace
+from inference_table.record import EncodedTrace, no_pause
 from serving.snapshot import Snapshot, compact_text, head_text, readable_json, thaw, well_formed
 from serving.spans import RecordedSpan, raw_attributes
 
 __all__ = ["SpanState", "TraceSnapshot", "read_span"]
 
+LARGE: Final = 64 * 1024
+"""Characters of an attribute that is encoded on its own."""
 ROUTING_PREFIXES: Final = ("gateway:/", "endpoints:/")
 """Model names that MLflow knows to be routes: no price list has them."""
 FROM_OTEL: Final = "\0otel"
@@ -88,27 +90,42 @@ class SpanState:
         raw = self.raw.get(key)
         return raw[: limit + 1] if isinstance(raw, str) else None
 
-    def encode(self) -> bytes:
+    def encode(self, give_way: Callable[[], None]) -> list[bytes]:
+        """The span's JSON, in parts: a large attribute is one of its own, so that no step takes long."""
         attributes = {key: readable_json(v) if isinstance(v, str) else v for key, v in self.raw.items()}
+        large: dict[str, bytes] = {}
         for key, value in self.values.items():
-            attributes[key] = compact_text(value)
-        return dumps(
-            {
-                "trace_id": base64_id(self.context.trace_id, 16),
-                "span_id": base64_id(self.context.span_id, 8),
-                "parent_span_id": base64_id(self.parent.span_id, 8) if self.parent else None,
-                "name": self.name,
-                "start_time_unix_nano": self.start_time,
-                "end_time_unix_nano": self.end_time,
-                "events": self.events,
-                "status": {
-                    "code": f"STATUS_CODE_{self.status.status_code.name}",
-                    "message": self.status.description or "",
-                },
-                "attributes": attributes,
-                "links": self.links,
-            }
-        )
+            text = compact_text(value)
+            if len(text) < LARGE:
+                attributes[key] = text
+            else:
+                large[key] = orjson.dumps(text)
+                attributes.pop(key, None)
+                give_way()
+        fields = {
+            "trace_id": base64_id(self.context.trace_id, 16),
+            "span_id": base64_id(self.context.span_id, 8),
+            "parent_span_id": base64_id(self.parent.span_id, 8) if self.parent else None,
+            "name": self.name,
+            "start_time_unix_nano": self.start_time,
+            "end_time_unix_nano": self.end_time,
+            "events": self.events,
+            "status": {
+                "code": f"STATUS_CODE_{self.status.status_code.name}",
+                "message": self.status.description or "",
+            },
+            "links": self.links,
+            "attributes": attributes,
+        }
+        span = dumps(fields)
+        give_way()
+        if not large:
+            return [span]
+        parts = [span[: -len(b"}}")]]
+        for key, text in large.items():
+            comma = b"," if attributes or len(parts) > 1 else b""
+            parts += (comma + dumps(key) + b":", text)
+        return [*parts, b"}}"]
 
 
 def read_span(span: LiveSpan) -> SpanState:
@@ -145,7 +162,7 @@ class TraceSnapshot:
     spans: Sequence[LiveSpan | SpanState]
     root: int | None
 
-    def encode(self) -> EncodedTrace:
+    def encode(self, give_way: Callable[[], None] = no_pause) -> EncodedTrace:
         """The trace as ``mlflow.entities.Trace.from_dict`` takes it.
 
         Values that agents record always have a JSON form, see :mod:`serving.snapshot`; what instrumentors put
@@ -162,9 +179,14 @@ class TraceSnapshot:
         cost = aggregate_cost_from_span_nodes(list(nodes(states, SpanAttributeKey.LLM_COST)))
         self._complete_info(states, usage, cost)
         info = encode_info(self.info)
-        spans = b",".join([state.encode() for state in states])
+        parts = [b'{"info":%b,"data":{"spans":[' % info]
+        for number, state in enumerate(states):
+            if number:
+                parts.append(b",")
+            parts += state.encode(give_way)
+        parts.append(b"]}}")
         return EncodedTrace(
-            json=b'{"info":%b,"data":{"spans":[%b]}}' % (info, spans),
+            parts=parts,
             info=info,
             trace_id=self.info.trace_id,
             state=self.info.state.value,
@@ -317,7 +339,7 @@ def encode_info(info: TraceInfo) -> bytes:
         return dumps(info.to_dict())
 
 
-def dumps(value: dict[str, Any]) -> bytes:
+def dumps(value: dict[str, Any] | str) -> bytes:
     """JSON that every reader takes: no NaN, no half characters, which would fail a whole query."""
     try:
         return orjson.dumps(value)

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inference_table import record
 from inference_table.record import (
     DatabricksOutput,
     EncodedTrace,
     Row,
     client_request_id,
     request_column,
-    response_column,
     return_trace,
     to_batch,
     wants_trace,
@@ -31,7 +31,12 @@ OUTPUT_JSON = {"databricks_request_id": "id-1"}
 
 
 def encoded(trace: object) -> EncodedTrace:
-    return EncodedTrace(orjson.dumps(trace), b"{}", "tr-1", "OK", 0)
+    text = orjson.dumps(trace)
+    return EncodedTrace([text[:5], text[5:]], b"{}", "tr-1", "OK", 0)
+
+
+def response_column(body: bytes, output: DatabricksOutput, **options: Any) -> bytes:
+    return b"".join(record.response_column(body, output, **options))
 
 
 def response(body: bytes, **options: Any) -> dict[str, Any]:
@@ -300,7 +305,7 @@ def row(**values: Any) -> Row:
         "sampling_fraction": 1.0,
         "execution_duration_ms": 12,
         "request": b"{}",
-        "response": "{é}".encode(),
+        "response": ["{é".encode(), b"}"],
     }
     return Row(**defaults | values)
 
@@ -330,7 +335,7 @@ def test_a_batch_has_the_tables_schema_and_the_rows_values() -> None:
     assert first == {
         name: value.decode() if isinstance(value := getattr(full, name), bytes) else value
         for name in SCHEMA.names
-    } | {"request_metadata": [("path", "/x")]}
+    } | {"request_metadata": [("path", "/x")], "response": b"".join(full.response or ()).decode()}
     assert (second["request"], second["response"], second["trace_info"]) == (None, None, None)
     assert (second["logging_error_codes"], second["request_metadata"]) == ([], [])
 

@@ -35,8 +35,8 @@ def test_elements_are_what_stands_in_the_array(value: list[Any], indent: int | N
 
 def test_a_member_is_appended_before_the_last_brace() -> None:
     """With a comma where there are others; what follows the brace stays behind it."""
-    assert append_member(b'{"a":{}} \n', b"b", b"1") == b'{"a":{},"b":1} \n'
-    assert append_member(b"{ }", b"b", b"1", empty=True) == b'{ "b":1}'
+    assert b"".join(append_member(b'{"a":{}} \n', b"b", [b"1"])) == b'{"a":{},"b":1} \n'
+    assert b"".join(append_member(b"{ }", b"b", [b"[1", b"]"], empty=True)) == b'{ "b":[1]}'
 
 
 def test_null_is_json_and_nonsense_is_not() -> None:

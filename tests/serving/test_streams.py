@@ -538,7 +538,9 @@ def test_stream_facts_tell_how_it_went() -> None:
 def test_a_streamed_row_looks_like_any_other() -> None:
     """The aggregate goes into the response column like a JSON body, its facts beside the trace."""
     stream = aggregate(sse(chunk({"content": "a"})) + DONE)
-    column = orjson.loads(response_column(stream.body, DatabricksOutput("id-1", stream={"events": 1})))
+    column = orjson.loads(
+        b"".join(response_column(stream.body, DatabricksOutput("id-1", stream={"events": 1})))
+    )
     assert column.pop("databricks_output") == {"databricks_request_id": "id-1", "stream": {"events": 1}}
     assert column == stream.value
 
@@ -587,7 +589,7 @@ def test_hostile_events_give_an_object(values: list[Any]) -> None:
     assert isinstance(stream.value, dict)
     assert stream.events == len(values)
     output = DatabricksOutput("id-1", stream={"error": stream.error})
-    assert "databricks_output" in orjson.loads(response_column(stream.body, output))
+    assert "databricks_output" in orjson.loads(b"".join(response_column(stream.body, output)))
 
 
 LINES = st.sampled_from(
