@@ -260,7 +260,7 @@ class RecordedSpan(LiveSpan):
                 self.set_status(status)  # type: ignore[arg-type] # a SpanStatus is fine, too
             except (MlflowException, AttributeError) as error:
                 logger.warning("Span %s ended with a status that does not exist: %s", self.name, error)
-        elif cancelled := self._propagating_cancellation():
+        elif (cancelled := self._propagating_cancellation()) is not None:
             # It takes any exception, whatever its annotation says.
             self.add_event(SpanEvent.from_exception(cancelled))  # type: ignore[arg-type]
             self._span.set_status(Status(StatusCode.ERROR, f"{type(cancelled).__name__}: {cancelled}"))

@@ -15,6 +15,7 @@ then are treated alike, and so are those of no request where MLflow shares the a
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from threading import RLock
+from time import perf_counter_ns
 from typing import Any, Final
 
 from mlflow.entities.span import LiveSpan
@@ -50,6 +51,8 @@ __all__ = [
 OWNER: Final = "_tracelake_trace"
 """Name of the attribute by which an OpenTelemetry span knows the trace it is recorded in."""
 IDS: Final = RandomIdGenerator()
+REMEMBERED_NS: Final = 10_000_000
+"""How long MLflow's manager surely holds a trace: 1,000 others can't begin in 10 ms."""
 LATE_BEGINNINGS_OF_A_WORKER: Final = 3
 """A request's background tasks may begin a span or two after it was sealed. A worker task that was created in
 a request keeps its context for ever, and begins one for each request that it serves."""
@@ -249,6 +252,8 @@ class ManagedTrace(_Trace):
         self.prompts = []
         self.is_remote_trace = False
         self.workspace = get_request_workspace()
+        self._look_at = 0
+        self._looked_into: object = None
 
     @classmethod
     def of(cls, trace: RecordedTrace) -> "ManagedTrace":
@@ -276,9 +281,12 @@ class ManagedTrace(_Trace):
 
     def register(self, span: RecordedSpan, manager: Any) -> None:
         """Add a span; the caller holds the manager's lock."""
-        # MLflow's manager forgets: it holds 1,000 traces, for an hour.
-        if manager._traces.get(self.first.info.trace_id) is not self:
-            self.put(manager)
+        # MLflow's manager forgets: it holds 1,000 traces, for an hour. To look costs more than all else here.
+        now = perf_counter_ns()
+        if now > self._look_at or manager._traces is not self._looked_into:
+            if manager._traces.get(self.first.info.trace_id) is not self:
+                self.put(manager)
+            self._look_at, self._looked_into = now + REMEMBERED_NS, manager._traces
         self.span_dict[span.span_id] = span
 
     def holds(self, context: SpanContext | None) -> bool:
