@@ -140,8 +140,8 @@ class DatabricksOutput:
     def to_json(self, agent: bytes = b"") -> list[Part]:
         """The member's value, in parts; ``agent`` is the value that the agent itself had set.
 
-        The agent's other keys stay, ours win. Its trace moves to ``other_traces``, or stays ``trace`` where we
-        have none. A value that is no object stays as ``agent_output``.
+        The agent's other keys stay, ours win. Its trace moves to ``other_traces``, or stays ``trace`` where
+        we have none. A value that is no object stays as ``agent_output``.
         """
         traces: list[Parts] = [trace.parts for trace in self.traces]
         rest = [b'"databricks_request_id":' + orjson.dumps(self.databricks_request_id)]
@@ -178,7 +178,7 @@ def request_column(body: bytes, *, missing: int | None = 0) -> bytes:
 def response_column(
     body: bytes, output: DatabricksOutput, *, content_type: str = "", missing: int | None = 0
 ) -> Parts:
-    """Value of the column ``response``, in parts: ``body`` with ``output`` as its member ``databricks_output``.
+    """Parts of the column ``response``: ``body`` with ``output`` as its member ``databricks_output``.
 
     The body is taken for JSON where ``content_type`` says so or is empty; an aggregated stream is passed as
     ``application/json``. ``missing`` as in :func:`request_column`.
@@ -289,8 +289,8 @@ def to_batch(rows: Sequence[Row], give_way: Callable[[], None] = no_pause) -> pa
         OverflowError: a payload column exceeds 2 GiB, the most an Arrow ``string`` can hold.
     """
     columns = []
-    for field in SCHEMA:
-        columns.append(_column(field, rows))
+    for one in SCHEMA:
+        columns.append(_column(one, rows))
         give_way()
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 

@@ -52,7 +52,7 @@ WINDOW_SECONDS: Final = 0.05
 SEGMENT_BYTES: Final = 16 * 1024 * 1024
 """Encoded rows that close a segment: bounds the copy that encoding makes beside the memory budget."""
 GIVE_WAY_SECONDS: Final = 0.00005
-"""Long enough for a thread that waits for the interpreter to wake up; with Linux's timer slack about 0.1 ms."""
+"""Long enough for a thread to wake up that waits for the interpreter; about 0.1 ms with Linux's slack."""
 CONFIRM_SECONDS: Final = 0.02
 """How often the encode thread looks whether a committed reply may leave."""
 MAX_BACKOFF_SECONDS: Final = 5.0
@@ -79,7 +79,7 @@ class Recordable(Protocol):
         """Let go of the traces: the record is dropped, or they never fit into memory, as its row will say."""
 
     def encode(self, give_way: Callable[[], None]) -> Row:
-        """The row. Called once, in the encode thread; calls ``give_way`` between steps of up to a millisecond."""
+        """The row. Called once, in the encode thread; calls ``give_way`` between steps of a millisecond."""
 
 
 @dataclass(slots=True)

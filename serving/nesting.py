@@ -22,8 +22,8 @@ def enclosing_span(parent_context: Context | None) -> Span:
     A parent that the caller chose, rather than the active span of either context, stays.
     """
     given = get_current_span(parent_context)
-    # Not by MLflow's get_current_context(), which looks an environment variable up for each span: where MLflow
-    # shares the application's provider and its context, nothing is active in this one.
+    # Not by MLflow's get_current_context(), which looks an environment variable up each time. Where MLflow
+    # shares the application's provider and context, nothing is active in this one.
     active, otel_active = get_current_span(mlflow_runtime_context.get_current()), get_current_span()
     if given is active:
         if otel_active is INVALID_SPAN:

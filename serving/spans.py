@@ -76,26 +76,25 @@ class SnapshotAttributes(_SpanAttributesRegistry):
         self.values = {key: self.values.get(key) for key in KEPT}
 
     def set(self, key: str, value: Any) -> None:
-        started = perf_counter_ns()
-        values = self.values  # of now: a span that is muted while the snapshot is taken has others
         kind = type(value)
         if self.muted or self._span.end_time is not None:
             return
+        values = self.values  # of now: a span that is muted while the snapshot is taken has others
         if type(key) is not str or not key:
             if not isinstance(key, str) or not key:
                 super().set(key, value)  # says what is wrong, and stores nothing
                 return
             key = str.__str__(key)
-        if kind is str:
+        if kind is str:  # not timed, which would take longer than this
             values[key], nbytes = value, len(value) + NODE_BYTES
         elif is_not_given(kind):
             return
         else:
+            started = perf_counter_ns()
             values[key], nbytes = snapshot(value)
-        meter, sizes = self.meter, self._sizes
-        meter.nbytes += nbytes - sizes.get(key, 0)
-        sizes[key] = nbytes
-        meter.overhead_ns += perf_counter_ns() - started
+            self.meter.overhead_ns += perf_counter_ns() - started
+        self.meter.nbytes += nbytes - self._sizes.get(key, 0)
+        self._sizes[key] = nbytes
 
     def get(self, key: str) -> Any:
         if key in self.values:
