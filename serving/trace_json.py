@@ -122,9 +122,9 @@ class SpanState:
         if not large:
             return [span]
         parts = [span[: -len(b"}}")]]
-        for key, text in large.items():
+        for key, encoded in large.items():
             comma = b"," if attributes or len(parts) > 1 else b""
-            parts += (comma + dumps(key) + b":", text)
+            parts += (comma + dumps(key) + b":", encoded)
         return [*parts, b"}}"]
 
 
