@@ -1,140 +1,163 @@
-"""How much longer a reply takes with capture on, by the size of the trace.
+"""How much longer a reply takes with capture on: end to end, over uvicorn and kept-alive connections.
 
-Two uvicorn servers run the same agent, one with capture and one without; requests go to them in turn over
-kept-alive connections, so that whatever else the machine does hits both alike. Run: ``make bench``.
+Two servers run the same agent, one with capture and one without; requests go to them in turn. Paced, with a
+pause after each, a server gets what one agent server might, and encodes meanwhile; back to back it never
+rests.
 """
 
-import contextlib
-import json
-import os
-import platform
-import socket
-import statistics
-import subprocess
-import sys
+import math
 import tempfile
-import time
-from collections.abc import Iterator
-from importlib.metadata import version
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
-import httpx
+from benchmarks.agent_call import SIZES, draw_published, on_sizes
+from benchmarks.load import OK, Client, Reply, post, served
+from benchmarks.report import Axes, Result, Target, main, scaled, write
+from deploy.bench import Endpoint, interleaved, percentile
+from inference_table.table import InferenceTable
 
-SIZES = {"10 KB": 10_000, "100 KB": 100_000, "1 MB": 1_000_000, "10 MB": 10_000_000}
-REQUESTS = {"10 KB": 600, "100 KB": 400, "1 MB": 150, "10 MB": 40}
-WARM_UP = 20
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("mlflow-tracing", "deltalake", "pyarrow", "orjson", "starlette", "uvicorn")
+WARM_UP: Final = 10
+SMALL: Final = 500
+"""Bytes of a small response."""
+REQUEST_ID: Final = "x-databricks-request-id"
+PACED, BACK_TO_BACK = "paced", "back to back"
 
 
-@contextlib.contextmanager
-def server(folder: Path, *, capture: bool) -> Iterator[httpx.Client]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "ENABLE_MLFLOW_TRACING": str(capture).lower(),
-        "INFERENCE_TABLE_URI": str(folder / "payload"),
-        "INFERENCE_TABLE_SPOOL_DIR": str(folder / "spool"),
+@dataclass(frozen=True)
+class Case:
+    """A trace and a response of some size, how often, and how long a pause lets servers rest."""
+
+    trace: str
+    response: str
+    pairs: int
+    pause_seconds: float
+    limit_ms: float | None = None
+    """What capture may add at the median, paced."""
+
+
+# Pauses come after each of the two calls of a pair: 25 ms make 20 requests/s and server, 100 ms 5.
+CASES: Final = (
+    Case("10 KB", "small", 300, 0.025, 0.7),
+    Case("100 KB", "small", 300, 0.025),
+    Case("1 MB", "small", 300, 0.025, 0.8),
+    Case("10 MB", "small", 100, 0.1, 1.0),
+    Case("10 KB", "1 MB", 200, 0.025, 1.0),
+    Case("10 KB", "10 MB", 100, 0.1, 3.0),
+)
+
+QUESTION: Final = "How much longer does a reply take with capture on, by the sizes of trace and response?"
+NOTES: Final = [
+    "Milliseconds as the client sees them; added is the difference of the two servers' percentiles.",
+    "paced: about 20 requests/s per server, 5 where trace or response has 10 MB, and the targets are for "
+    "these; back to back: no pause at all.",
+    "explained: the median of `capture_overhead_us` in the rows, as a share of what was added. It sees "
+    "our own code on the request path; not the tracing SDK's work, nor the interpreter lock while the "
+    "background thread encodes.",
+]
+
+
+@dataclass
+class Measured:
+    """Milliseconds of each reply without and with capture, and the request ids of the latter."""
+
+    case: Case
+    traffic: str
+    without: list[float]
+    captured: list[float]
+    ids: list[str]
+    overheads_ms: list[float] = field(default_factory=list)
+    """``capture_overhead_us`` of these requests' rows."""
+
+    def added(self, share: float = 0.5) -> float:
+        return percentile(self.captured, share) - percentile(self.without, share)
+
+    def explained(self) -> float:
+        """The share of the added median that our own clock saw, in percent; nan where noise hid it."""
+        return 100 * percentile(self.overheads_ms, 0.5) / self.added() if self.added() > 0 else math.nan
+
+
+def run() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        with (
+            served(Path(folder), capture=False) as plain,
+            served(Path(folder), capture=True) as captured,
+        ):
+            ids: list[str] = []
+            found = [
+                measured(plain, captured, case, traffic, ids)
+                for case in CASES
+                for traffic in (PACED, BACK_TO_BACK)
+            ]
+        # It has stopped: all that it recorded is in the table.
+        rows = InferenceTable(captured.table).to_arrow(["databricks_request_id", "capture_overhead_us"])
+    overheads: dict[str, int] = dict(zip(*rows.to_pydict().values(), strict=True))
+    for one in found:
+        one.overheads_ms = [overheads[id_] / 1000 for id_ in one.ids if id_ in overheads]
+    lost, surplus = len(set(ids) - overheads.keys()), rows.num_rows - len(overheads)
+    count = f"{len(ids):,} replies captured, {lost:,} of them not in the table, {surplus:,} rows twice."
+    result = Result("added_latency", QUESTION, [row(one) for one in found], targets(found), [count, *NOTES])
+    write(result, lambda axes: plot(axes, found))
+
+
+def measured(plain: Endpoint, captured: Endpoint, case: Case, traffic: str, ids: list[str]) -> Measured:
+    """Both servers in turn; the ids of all captured requests are added to ``ids``."""
+    body = {"trace_bytes": SIZES[case.trace], "response_bytes": SIZES.get(case.response, SMALL)}
+    request = post("/invocations", body)
+    before, warm_up = len(ids), scaled(WARM_UP)
+    with closing(Client(plain.url)) as floor, closing(Client(captured.url)) as recorded:
+        without, with_capture = interleaved(
+            lambda: answered(floor.send(request)),
+            lambda: ids.append(answered(recorded.send(request)).headers[REQUEST_ID]),
+            count=scaled(case.pairs),
+            warm_up=warm_up,
+            pause_seconds=case.pause_seconds if traffic == PACED else 0.0,
+        )
+    return Measured(case, traffic, without, with_capture, ids[before + warm_up :])
+
+
+def answered(reply: Reply) -> Reply:
+    if reply.status != OK:
+        raise RuntimeError(f"the agent answered {reply.status}: {bytes(reply.body[:500])!r}")
+    return reply
+
+
+def row(one: Measured) -> dict[str, object]:
+    return {
+        "trace": one.case.trace,
+        "response": one.case.response,
+        "traffic": one.traffic,
+        "pairs": len(one.captured),
+        "without p50 ms": percentile(one.without, 0.5),
+        "with p50 ms": percentile(one.captured, 0.5),
+        "added p50 ms": one.added(),
+        "added p95 ms": one.added(0.95),
+        "added p99 ms": one.added(0.99),
+        "capture_overhead ms": percentile(one.overheads_ms, 0.5),
+        "explained %": one.explained(),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "uvicorn",
-        "benchmarks.agent:app",
-        "--port",
-        str(port),
-        "--log-level",
-        "warning",
+
+
+def targets(found: list[Measured]) -> list[Target]:
+    return [
+        Target(
+            f"added to a reply, trace {one.case.trace}, response {one.case.response}",
+            limit,
+            one.added(),
+            "ms",
+        )
+        for one in found
+        if one.traffic == PACED and (limit := one.case.limit_ms) is not None
     ]
-    process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parent.parent)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            wait_until_up(client, process)
-            yield client
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
-def wait_until_up(client: httpx.Client, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            client.get("/")
-            return
-        time.sleep(0.05)
-    raise RuntimeError("the server did not start")
-
-
-def measure(
-    plain: httpx.Client, captured: httpx.Client, size: int, requests: int
-) -> tuple[list[float], list[float]]:
-    """Milliseconds of each request, without and with capture."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for number in range(WARM_UP + requests):
-        for client, into in zip((plain, captured), times, strict=True):
-            started = time.perf_counter()
-            client.post("/invocations", json={"size": size}).raise_for_status()
-            if number >= WARM_UP:
-                into.append((time.perf_counter() - started) * 1000)
-    return times
-
-
-def main() -> None:
-    table = []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        server(Path(folder), capture=False) as plain,
-        server(Path(folder), capture=True) as captured,
-    ):
-        for name, size in SIZES.items():
-            without, with_capture = measure(plain, captured, size, REQUESTS[name])
-            row = {
-                "trace": name,
-                "requests": REQUESTS[name],
-                "median_ms": round(statistics.median(without), 3),
-                "median_captured_ms": round(statistics.median(with_capture), 3),
-            }
-            row["added_ms"] = round(row["median_captured_ms"] - row["median_ms"], 3)
-            table.append(row)
-            print(row)  # noqa: T201 - a command-line program
-    write(table)
-
-
-def write(table: list[dict[str, object]]) -> None:
-    machine = {
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "added_latency.json").write_text(
-        json.dumps({"machine": machine, "rows": table}, indent=2) + "\n"
-    )
-    lines = ["| trace | without, median ms | with capture, median ms | added ms |", "|---|---|---|---|"]
-    lines += [
-        f"| {r['trace']} | {r['median_ms']} | {r['median_captured_ms']} | {r['added_ms']} |" for r in table
-    ]
-    lines += ["", ", ".join(f"{name} {value}" for name, value in machine.items())]
-    (RESULTS / "added_latency.md").write_text("\n".join(lines) + "\n")
-    plot(table)
-
-
-def plot(table: list[dict[str, object]]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    sizes = [SIZES[str(row["trace"])] for row in table]
-    for key, label in (("median_captured_ms", "with capture"), ("median_ms", "without")):
-        axes.plot(sizes, [row[key] for row in table], marker="o", label=label)
-    axes.set(xscale="log", xlabel="bytes of the trace", ylabel="median reply, ms", ylim=(0, None))
-    axes.legend()
-    figure.savefig(RESULTS / "added_latency.png", dpi=120)
+def plot(axes: Axes, found: list[Measured]) -> None:
+    for traffic in (PACED, BACK_TO_BACK):
+        drawn = [one for one in found if one.traffic == traffic and one.case.response == "small"]
+        on_sizes(axes, {one.case.trace: one.added() for one in drawn}, f"tracelake, {traffic}")
+    draw_published(axes, "ms added to the reply, median")
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

@@ -1,58 +1,72 @@
-"""The agent that benchmarks serve: 8 MLflow spans around a text of the size asked for, and a short answer."""
+"""The agent that benchmarks serve: eight MLflow spans over a realistic run, and an answer.
 
-import random
-from functools import lru_cache
-from typing import Any
+``POST /invocations`` takes ``{"trace_bytes": n, "response_bytes": m, "seed": s, "work_ms": w}``, all of it
+optional. Inputs and outputs of the spans are about ``n`` bytes as JSON, the answer about ``m``, and it
+waits ``w`` ms, as if for a model. ``GET /noop`` is a neighbour that waits one millisecond.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, Final
 
 import mlflow
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from serving import InferenceTableMiddleware
+from benchmarks.workload import Step, agent_run, response_body
 from serving.settings import is_tracing_enabled
 
-SPANS = 8
-TEXT = (
-    "the agent retrieves documents about refunds and answers politely with a summary of what policy says "
-    "when customers ask whether an order that was delayed can still be returned without a receipt naïve café "
-)
-WORDS = TEXT.split()
+__all__ = ["SPANS", "app", "run_agent"]
+
+SPANS: Final = 8
+TRACE_BYTES: Final = 10_000
+RESPONSE_BYTES: Final = 500
 
 
-@lru_cache(maxsize=8)
-def text_of(size: int) -> str:
-    """Words that compress like text, the same for each run."""
-    draw = random.Random(size)
-    words = [
-        draw.choice(WORDS) + (str(draw.randrange(1000)) if draw.random() < 0.1 else "")
-        for _ in range(size // 7)
-    ]
-    return " ".join(words)[:size]
+def run_agent(trace_bytes: int, seed: int = 0) -> Any:
+    """One run of the agent: a root span and seven steps in it, given inputs, returning outputs."""
+    return agent(trace_bytes, seed)()
 
 
-@mlflow.trace(span_type="TOOL")
-def step(messages: list[dict[str, str]]) -> dict[str, Any]:
-    return {"messages": messages, "done": True}
+@lru_cache(maxsize=16)
+def agent(trace_bytes: int, seed: int) -> Callable[[], Any]:
+    """An agent with what its steps will see, made beforehand: a model's time is not what is measured."""
+    root, *steps = agent_run(trace_bytes, seed)
+    return traced(root, [traced(step, []) for step in steps])
 
 
-@mlflow.trace(span_type="AGENT")
-def agent(size: int) -> str:
-    """A root span and seven steps; inputs and outputs together are about ``size`` bytes."""
-    part = text_of(max(1, size // (2 * (SPANS - 1))))
-    messages = [{"role": "user", "content": part}]
-    for _ in range(SPANS - 1):
-        step(messages)
-    return "done"
+def traced(step: Step, within: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    @mlflow.trace(name=step.name, span_type=step.span_type)
+    def run(inputs: Any) -> Any:  # noqa: ARG001 - the span's inputs
+        for call in within:
+            call()
+        return step.outputs
+
+    return partial(run, step.inputs)
 
 
-async def invocations(request: Request) -> JSONResponse:
-    return JSONResponse({"answer": agent((await request.json())["size"])})
+answer = lru_cache(maxsize=16)(response_body)
 
 
-app = Starlette(routes=[Route("/invocations", invocations, methods=["POST"])])
-app.add_middleware(InferenceTableMiddleware)
+async def invocations(request: Request) -> Response:
+    asked = await request.json()
+    seed = asked.get("seed", 0)
+    run_agent(asked.get("trace_bytes", TRACE_BYTES), seed)
+    if work_ms := asked.get("work_ms", 0):
+        await asyncio.sleep(work_ms / 1000)
+    body = answer(asked.get("response_bytes", RESPONSE_BYTES), seed)
+    return Response(body, media_type="application/json")
+
+
+async def noop(_: Request) -> Response:
+    await asyncio.sleep(0.001)
+    return PlainTextResponse("")
+
+
+app = Starlette(routes=[Route("/invocations", invocations, methods=["POST"]), Route("/noop", noop)])
 if not is_tracing_enabled():
     # The floor is an agent whose spans cost nothing, not one whose spans go to MLflow's own exporter.
     mlflow.tracing.disable()
