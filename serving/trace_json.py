@@ -43,13 +43,13 @@ from mlflow.utils.providers import cost_per_token
 from opentelemetry.trace import SpanContext, Status, StatusCode
 
 from inference_table.record import EncodedTrace, no_pause
-from serving.snapshot import Snapshot, compact_text, head_text, readable_json, thaw, well_formed
+from serving.snapshot import Snapshot, compact_string, head_text, readable_json, thaw, well_formed
 from serving.spans import RecordedSpan, raw_attributes
 
 __all__ = ["SpanState", "TraceSnapshot", "read_span"]
 
 LARGE: Final = 64 * 1024
-"""Characters of an attribute that is encoded on its own."""
+"""Bytes of an attribute that is a part of its own."""
 ROUTING_PREFIXES: Final = ("gateway:/", "endpoints:/")
 """Model names that MLflow knows to be routes: no price list has them."""
 FROM_OTEL: Final = "\0otel"
@@ -90,18 +90,13 @@ class SpanState:
         raw = self.raw.get(key)
         return raw[: limit + 1] if isinstance(raw, str) else None
 
-    def encode(self, give_way: Callable[[], None]) -> list[bytes]:
+    def encode(self, give_way: Callable[[], None]) -> Iterator[bytes]:
         """The span's JSON, in parts: a large attribute is one of its own, so that no step takes long."""
-        attributes = {key: readable_json(v) if isinstance(v, str) else v for key, v in self.raw.items()}
-        large: dict[str, bytes] = {}
-        for key, value in self.values.items():
-            text = compact_text(value)
-            if len(text) < LARGE:
-                attributes[key] = text
-            else:
-                large[key] = orjson.dumps(text)
-                attributes.pop(key, None)
-                give_way()
+        raw = {
+            key: readable_json(value) if isinstance(value, str) else value
+            for key, value in self.raw.items()
+            if key not in self.values
+        }
         fields = {
             "trace_id": base64_id(self.context.trace_id, 16),
             "span_id": base64_id(self.context.span_id, 8),
@@ -115,17 +110,23 @@ class SpanState:
                 "message": self.status.description or "",
             },
             "links": self.links,
-            "attributes": attributes,
+            "attributes": raw,
         }
-        span = dumps(fields)
-        give_way()
-        if not large:
-            return [span]
-        parts = [span[: -len(b"}}")]]
-        for key, encoded in large.items():
-            comma = b"," if attributes or len(parts) > 1 else b""
-            parts += (comma + dumps(key) + b":", encoded)
-        return [*parts, b"}}"]
+        small = [dumps(fields).removesuffix(b"}}")]
+        comma = b"," if raw else b""
+        for key, value in self.values.items():
+            small.append(comma + dumps(key) + b":")
+            text = compact_string(value)
+            if len(text) < LARGE:
+                small.append(text)
+            else:
+                yield b"".join(small)
+                yield text
+                small = []
+                give_way()
+            comma = b","
+        small.append(b"}}")
+        yield b"".join(small)
 
 
 def read_span(span: LiveSpan) -> SpanState:
@@ -184,6 +185,7 @@ class TraceSnapshot:
             if number:
                 parts.append(b",")
             parts += state.encode(give_way)
+            give_way()
         parts.append(b"]}}")
         return EncodedTrace(
             parts=parts,
