@@ -4,12 +4,15 @@ What a command needs is imported when it runs: ``tracelake --help`` answers at o
 """
 
 import os
+import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
 
@@ -73,7 +76,8 @@ Examples:
   tracelake serve my_agent:app
   curl -d '{"question": "hi"}' -H 'content-type: application/json' localhost:8000/ask
   tracelake query "select request_time, status_code, response from payload"
-  tracelake trace last""",
+  tracelake trace last
+  tracelake bench my_agent:app --request body.json""",
 )
 @click.option(
     "--version",
@@ -87,7 +91,8 @@ Examples:
 def main(debug: bool) -> None:
     """Inference tables for LLM agents: every request, response and MLflow trace is a row of a Delta table.
 
-    `serve` runs an agent and records, `query` asks the table in SQL, `trace` draws one request.
+    `serve` runs an agent and records, `query` asks the table in SQL, `trace` draws one request, `bench`
+    measures what recording costs.
     """
 
 
@@ -241,6 +246,117 @@ def trace(
     with waiting(f"reading {source.uri}"):
         row = find_row(source, id_, where, pending)
     print_request(row, full)
+
+
+def pair_of(separator: str) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], dict[str, str]]:
+    """A callback that makes a dictionary of a repeatable option ``name<separator>value``."""
+
+    def parse(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+        pairs = {}
+        for text in texts:
+            name, found, value = text.partition(separator)
+            if not (name.strip() and found and text.isprintable() and text.isascii()):
+                raise click.BadParameter(f"{text!r} is not of the form {parameter.metavar}")
+            pairs[name.strip().lower()] = value.strip()
+        return pairs
+
+    return parse
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  tracelake bench my_agent:app --request body.json
+  tracelake bench my_agent:app --request questions.jsonl --path /chat --header 'authorization: Bearer x'
+  tracelake bench my_agent:app --request body.json --setting durability=strict --json cost.json
+
+\b
+TARGET is what `tracelake serve` takes. It is served twice, with a table in the folder for temporary files.
+Each request is a call of your agent, with all that it costs; how many there will be is said first.
+What the figures mean: docs/bench.md"""
+)
+@click.argument("target")
+@click.option(
+    "--request",
+    "requests_from",
+    required=True,
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="JSON body to send, or a .jsonl file with one in each line; repeatable. They are sent in turn.",
+)
+@click.option("--path", default="/invocations", show_default=True, help="Where to POST it.")
+@click.option(
+    "--header",
+    "headers",
+    multiple=True,
+    metavar="'NAME: VALUE'",
+    callback=pair_of(":"),
+    help="Header to send; repeatable.",
+)
+@click.option(
+    "--requests",
+    default=200,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Requests to measure, with capture and as many without.",
+)
+@click.option(
+    "--warm-up", default=20, show_default=True, type=click.IntRange(1), help="Requests before these, to each."
+)
+@click.option(
+    "--pause",
+    default=0.05,
+    show_default=True,
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="After each request.",
+)
+@click.option(
+    "--concurrency", default=1, show_default=True, type=click.IntRange(1, 256), help="Requests at a time."
+)
+@click.option(
+    "--setting",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=pair_of("="),
+    help="Setting of capture, such as durability=strict; repeatable.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.File("w", lazy=False),
+    help="Write all figures to FILE; - is standard output.",
+)
+@click.option(
+    "--app-dir", default=".", show_default=True, metavar="DIR", help="Folder to import the app from."
+)
+def bench(
+    requests_from: tuple[Path, ...], requests: int, pause: float, json_file: IO[str] | None, **options: Any
+) -> None:
+    """Measure what capture costs your own agent: it is served with and without, and asked in turn."""
+    from deploy.bench_report import figures, problems, progress, to_json, write_report
+    from deploy.comparison import Plan, compare, read_bodies
+
+    plan = Plan(bodies=read_bodies(requests_from), requests=requests, pause_seconds=pause, **options)
+    click.echo(
+        f"sending {2 * plan.sent:,} requests: {plan.measured:,} with capture and {plan.measured:,} without, "
+        f"after {plan.sent - plan.measured:,} each to warm up",
+        err=True,
+    )
+    # What is stopped by a signal stops its servers too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with tempfile.TemporaryDirectory(prefix="tracelake-bench-") as folder, progress(2 * plan.sent) as advance:
+        comparison = compare(plan, Path(folder), advance)
+    if comparison.good:
+        found = figures(comparison)
+        if json_file is not None:
+            json_file.write(to_json(found))
+        if json_file is None or json_file.name != "<stdout>":
+            write_report(found, click.echo)
+    if wrong := problems(comparison):
+        raise TracelakeError(". ".join(wrong))
 
 
 def open_table(uri: str | None, spool_dir: str | None) -> "InferenceTable":

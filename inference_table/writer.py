@@ -51,6 +51,8 @@ WINDOW_SECONDS: Final = 0.05
 """How long records gather before they share a segment: at most 20 files a second and process."""
 SEGMENT_BYTES: Final = 16 * 1024 * 1024
 """Encoded rows that close a segment: bounds the copy that encoding makes beside the memory budget."""
+WORK_SECONDS: Final = 0.0005
+"""How long the encode thread works, about, before it gives way."""
 GIVE_WAY_SECONDS: Final = 0.00005
 """Long enough for a thread to wake up that waits for the interpreter; about 0.1 ms with Linux's slack."""
 CONFIRM_SECONDS: Final = 0.02
@@ -115,6 +117,7 @@ class Writer:
         self._start_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._refusing: tuple[str, str] | None = None
+        self._gave_way_at = 0.0
         self._deadline = float("inf")
         self._spool = Spool(self.settings)
         self._commits = CommitLoop(
@@ -321,8 +324,10 @@ class Writer:
 
         Python takes it from a thread after 5 ms only, and hands it to another only if this one sleeps.
         """
-        if self.budget.used < self.budget.limit // 2 and not self._stopping.is_set():
+        worked = time.monotonic() - self._gave_way_at
+        if worked > WORK_SECONDS and self.budget.used < self.budget.limit // 2 and not self._stopping.is_set():
             time.sleep(GIVE_WAY_SECONDS)
+            self._gave_way_at = time.monotonic()
 
     def _spool_some(self, ready: list[Queued]) -> None:
         """Encode and spool records; they leave ``_waiting`` when each has its outcome."""

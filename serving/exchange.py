@@ -240,8 +240,10 @@ class Exchange:
 
     def finish(self) -> None:
         """Hand over to the writer, once."""
+        started = perf_counter_ns()
         if self.finalize():
             self._hand_over(self)
+            self.overhead_ns += perf_counter_ns() - started  # in time: the writer reads it when it encodes
 
     def finalize(self) -> bool:
         """Close the clocks; False where that was done before."""

@@ -5,6 +5,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,22 +62,26 @@ def serve(
     # Workers are new processes: what they are to do reaches them through the environment.
     os.environ.update({f"{ENV_PREFIX}{name.upper()}": str(value) for name, value in given.items()})
     os.environ.update({ENABLE_VARIABLE: "true", TARGET_VARIABLE: target})
+    run = partial(
+        uvicorn.run,
+        "serving.serve:create_app",
+        factory=True,
+        host=host,
+        port=port,
+        workers=workers,
+        app_dir=app_dir,
+        log_level=log_level,
+    )
+    if workers == 1:
+        run()  # and is ended by the signal that stopped it: nothing after this is sure to run
+        return
     with tempfile.TemporaryDirectory(prefix="tracelake-serve-", ignore_cleanup_errors=True) as folder:
         failure = Path(folder) / "failure"
-        if workers > 1:
-            os.environ[FAILURE_VARIABLE] = str(failure)
-            shared = os.environ.setdefault(MULTIPROC_VARIABLE, folder)
-            # This process was none of the workers: what it has set itself is not theirs.
-            mark_process_dead(os.getpid(), shared)  # type: ignore[no-untyped-call]
-        uvicorn.run(
-            "serving.serve:create_app",
-            factory=True,
-            host=host,
-            port=port,
-            workers=workers,
-            app_dir=app_dir,
-            log_level=log_level,
-        )
+        os.environ[FAILURE_VARIABLE] = str(failure)
+        shared = os.environ.setdefault(MULTIPROC_VARIABLE, folder)
+        # This process was none of the workers: what it has set itself is not theirs.
+        mark_process_dead(os.getpid(), shared)  # type: ignore[no-untyped-call]
+        run()
         if failure.exists():
             raise SettingsError(failure.read_text(encoding="utf-8"))
 

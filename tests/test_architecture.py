@@ -15,6 +15,7 @@ BELOW = {
 }
 TOUCH_MLFLOW = {
     "inference_table/table.py": "traces are returned as mlflow.entities.Trace",
+    "deploy/bench.py": "switches tracing off where nothing is captured",
     "deploy/span_tree.py": "draws mlflow.entities.Trace",
     "serving/invocation.py": "makes the root span of an agent function",
     "serving/mlflow_model.py": "serves MLflow's models and agents",

@@ -53,6 +53,17 @@ def test_metrics_count_all_workers(tmp_path: Path) -> None:
     assert metric(texts[-1], "tracelake_committed_total") == 40
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_server_that_stopped_leaves_no_temporary_files(tmp_path: Path, workers: str) -> None:
+    """uvicorn ends a single process by the signal that stopped it, before it could clean up."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    env = {**environment(tmp_path), "TMPDIR": str(temporary)}
+    with served(AGENT, "--workers", workers, env=env, log=tmp_path / "log") as (url, _):
+        httpx.post(f"{url}/invocations", json={}).raise_for_status()
+    assert list(temporary.iterdir()) == []
+
+
 def test_settings_of_the_command_line_reach_the_workers(tmp_path: Path) -> None:
     """Options win over the environment, in every worker."""
     arguments = ("--workers", "2", "--durability", "strict", "--served-entity", "bot/7")
