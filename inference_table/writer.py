@@ -38,7 +38,7 @@ from inference_table.commit import open_or_create_table
 from inference_table.commit_loop import CommitLoop
 from inference_table.errors import DurabilityError, SegmentError, SpoolError, SpoolFullError
 from inference_table.memory import MemoryBudget
-from inference_table.record import Row, to_batch
+from inference_table.record import Row, no_pause, to_batch
 from inference_table.reporting import Reporter
 from inference_table.settings import Durability, StorageSettings
 from inference_table.spool import Spool
@@ -324,35 +324,38 @@ class Writer:
 
         Python takes it from a thread after 5 ms only, and hands it to another only if this one sleeps.
         """
-        worked = time.monotonic() - self._gave_way_at
-        if worked > WORK_SECONDS and self.budget.used < self.budget.limit // 2 and not self._stopping.is_set():
+        if time.monotonic() - self._gave_way_at < WORK_SECONDS or self._stopping.is_set():
+            return
+        if self.budget.used < self.budget.limit // 2:
             time.sleep(GIVE_WAY_SECONDS)
             self._gave_way_at = time.monotonic()
 
     def _spool_some(self, ready: list[Queued]) -> None:
         """Encode and spool records; they leave ``_waiting`` when each has its outcome."""
         rows: list[tuple[Queued, Row]] = []
+        # A durable reply waits for this itself.
+        give_way = no_pause if any(queued.future is not None for queued in ready) else self._give_way
         for queued in ready:
             try:
                 with metrics.ENCODE_SECONDS.time():
-                    rows.append((queued, queued.item.encode(self._give_way)))
+                    rows.append((queued, queued.item.encode(give_way)))
             except Exception as error:  # the writer's border: a record that fails must not stop the others
                 self._drop(queued, "encoding", "it could not be encoded", error)
         if rows:
-            self._spool_rows(rows)
+            self._spool_rows(rows, give_way)
         done = set(map(id, ready))
         self._waiting = [queued for queued in self._waiting if id(queued) not in done]
 
-    def _spool_rows(self, rows: list[tuple[Queued, Row]]) -> None:
+    def _spool_rows(self, rows: list[tuple[Queued, Row]], give_way: Callable[[], None]) -> None:
         try:
-            batch = to_batch([row for _, row in rows], self._give_way)
+            batch = to_batch([row for _, row in rows], give_way)
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             # One row that no column can hold must not take the others with it.
             if len(rows) == 1:
                 self._drop(rows[0][0], "encoding", "it does not fit the table's columns", error)
             else:
                 for one in rows:
-                    self._spool_rows([one])
+                    self._spool_rows([one], give_way)
             return
         try:
             sequence = self._append(batch, sync=any(queued.future is not None for queued, _ in rows))
