@@ -76,12 +76,14 @@ class CommitLoop:
         )
 
     def _commit_all(self, committer: Committer) -> bool:
-        """Commit all that is spooled. False after a failure."""
+        """Commit all that is spooled by now. False after a failure."""
         try:
             if committer.acquire():
                 if not self.table_checked:
                     self._check_table(committer)
-                while committer.commit_once() is not None:
+                # What is spooled meanwhile is for the next turn: else busy processes would commit without a
+                # pause, tiny files as fast as they can.
+                while (result := committer.commit_once()) is not None and result.is_full:
                     pass
         except Exception as error:  # the writer's border: whatever fails is tried again after a pause
             metrics.COMMIT_ERRORS.labels(type(error).__name__).inc()

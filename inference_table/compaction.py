@@ -1,7 +1,8 @@
 """Maintenance of the table: few large files instead of many small ones, and an end to what is no longer used.
 
 At one commit a second a table gains 86,400 files a day. Once an hour of requests is over and settled, its
-small files are merged, a bounded number of bytes at a time, so that commits are not held up.
+small files are merged, a bounded number of bytes at a time, so that commits are not held up; many small files
+of an hour before it is over, because each commit takes longer for every one of them.
 
 What holds:
 
@@ -33,7 +34,7 @@ from inference_table.cleaning import clean
 from inference_table.delta import open_table
 from inference_table.errors import TableError
 from inference_table.maintenance_process import MERGE, MaintenanceProcess
-from inference_table.merge import merge_some, mergeable
+from inference_table.merge import OPEN_HOUR_FILES, merge_some, mergeable
 from inference_table.settings import StorageSettings
 from inference_table.spool import spool_root
 from inference_table.steps import Step, ignore_step
@@ -62,13 +63,14 @@ class Maintenance:
         self.settings = settings
         self._on_step = on_step
         self._next_look = 0.0
+        self._calls = 0
         self._child: MaintenanceProcess | None = None
 
     def step(self, now: datetime | None = None) -> bool:
         """Do one bounded piece of work if any is due, or start its process; returns whether there was any.
 
-        Cheap to call after each commit: it looks for work once a minute, and goes on at once where it found
-        some. While a child process is at work there is nothing to do.
+        Cheap to call after each commit: it looks for work once a minute or in some hundred calls, and goes on
+        at once where it found some. While a child process is at work there is nothing to do.
 
         Raises:
             TableError: the table can't be reached or may not be written to, or the last child process failed.
@@ -76,9 +78,10 @@ class Maintenance:
         """
         if self._child is not None and not self._has_ended(self._child):
             return False
-        if time.monotonic() < self._next_look:
+        self._calls += 1
+        if time.monotonic() < self._next_look and self._calls < OPEN_HOUR_FILES:
             return False
-        self._next_look = time.monotonic() + CHECK_SECONDS
+        self._next_look, self._calls = time.monotonic() + CHECK_SECONDS, 0
         worked = False
         try:
             worked = self.compact(now or datetime.now(UTC))
@@ -90,7 +93,7 @@ class Maintenance:
         return worked
 
     def compact(self, now: datetime) -> bool:
-        """Merge some small files of one hour that is over; returns whether there were any.
+        """Merge some small files of one hour; returns whether there were any.
 
         On an object store this starts the child process that does it.
         """

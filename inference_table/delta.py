@@ -24,6 +24,7 @@ __all__ = [
     "check_writable",
     "checkpoint",
     "ensure_columns",
+    "log_file",
     "open_or_create_table",
     "open_table",
     "sync_data_files",
@@ -254,8 +255,13 @@ def sync_data_files(root: Path, actions: Iterable[AddAction]) -> None:
 def sync_log(root: Path, first: int, last: int) -> None:
     """Put the commits from version ``first`` to ``last`` on disk."""
     for version in range(first, last + 1):
-        sync_file(root / LOG / f"{version:020d}.json")
+        sync_file(log_file(root, version))
     sync_dir(root / LOG)
+
+
+def log_file(root: Path, version: int) -> Path:
+    """The commit of a version of the local table at ``root``."""
+    return root / LOG / f"{version:020d}.json"
 
 
 def checkpoint(settings: StorageSettings, table: DeltaTable, before: int) -> None:

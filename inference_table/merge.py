@@ -1,4 +1,4 @@
-"""One merge: small files of an hour that is over become one file, and no row is added or lost.
+"""One merge: small files of an hour become one file, and no row is added or lost.
 
 delta-rs does not notice when two commits remove the same file. So a merge is committed against a version
 opened after its file was written, in which all its sources are still there, with no retry by delta-rs: if
@@ -36,8 +36,10 @@ from inference_table.schema import PARTITION_COLUMN
 from inference_table.settings import StorageSettings
 from inference_table.steps import Step
 
-__all__ = ["merge_some", "mergeable"]
+__all__ = ["OPEN_HOUR_FILES", "merge_some", "mergeable"]
 
+OPEN_HOUR_FILES: Final = 256
+"""Small files of an hour that is not over that are worth merging: each makes all commits and reads slower."""
 SETTLE_SECONDS: Final = 300.0
 """Time after an hour's end in which its last rows may still come: long requests, a backlog."""
 SMALL_BYTES: Final = 16 * 1024 * 1024
@@ -173,9 +175,15 @@ def commit_merge(table: DeltaTable, group: Sequence[SmallFile], merged: AddActio
 
 
 def mergeable(table: DeltaTable, now: datetime) -> Iterator[list[SmallFile]]:
-    """Groups of small files of one hour that is over, each a step's worth, oldest first."""
+    """Groups of small files of one hour, each a step's worth, oldest first.
+
+    Of an hour that is over all of them; of others many, which are merged once more when it is over.
+    """
     closed = int((now.timestamp() - SETTLE_SECONDS) // 3600)
-    for _, same in groupby(small_files(table, closed), key=lambda file: (file.hour, file.day)):
+    for (hour, _), files in groupby(small_files(table), key=lambda file: (file.hour, file.day)):
+        same = list(files)
+        if hour >= closed and len(same) < OPEN_HOUR_FILES:
+            continue
         group: list[SmallFile] = []
         size = 0
         for file in same:
@@ -189,8 +197,8 @@ def mergeable(table: DeltaTable, now: datetime) -> Iterator[list[SmallFile]]:
             yield group
 
 
-def small_files(table: DeltaTable, closed: int) -> Iterator[SmallFile]:
-    """Small files of the hours before ``closed``, in order of hour, day and time.
+def small_files(table: DeltaTable) -> Iterator[SmallFile]:
+    """Small files, in order of hour, day and time.
 
     What is not wanted is left out by Arrow, without the GIL: a table has tens of thousands of files.
     """
@@ -201,8 +209,7 @@ def small_files(table: DeltaTable, closed: int) -> Iterator[SmallFile]:
     path, size, day, first, last = (actions.column(name) for name in wanted)
     hour = pc.divide(microseconds(last), 3_600_000_000)
     found = pa.table({"path": path, "size": size, "day": day, "hour": hour, "first": microseconds(first)})
-    is_wanted = pc.and_(pc.less(size, SMALL_BYTES), pc.less(hour, closed))
-    found = found.filter(pc.and_(is_wanted, pc.is_valid(first)))
+    found = found.filter(pc.and_(pc.less(size, SMALL_BYTES), pc.is_valid(first)))
     order = [(name, "ascending") for name in ("hour", "day", "first")]
     for chunk in found.sort_by(order).to_batches(max_chunksize=STEP_FILES):
         for row in chunk.to_pylist():

@@ -64,11 +64,8 @@ def open_view(settings: StorageSettings, pending: bool) -> View:
         if not segments:
             raise
         snapshot = None
-    fresh = [
-        rows
-        for (spool_id, sequence), rows in segments.items()
-        if snapshot is None or sequence > snapshot.committed(spool_id)
-    ]
+    committed = {spool_id: snapshot.committed(spool_id) if snapshot else 0 for spool_id, _ in segments}
+    fresh = [rows for (spool_id, sequence), rows in segments.items() if sequence > committed[spool_id]]
     return View(snapshot, pa.concat_tables([SCHEMA.empty_table(), *fresh]))
 
 

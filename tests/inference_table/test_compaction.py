@@ -73,6 +73,25 @@ def test_the_present_hour_is_left_alone(settings: StorageSettings) -> None:
     assert maintenance.compact(NOON + timedelta(minutes=66))
 
 
+def test_many_small_files_of_the_present_hour_are_merged(
+    settings: StorageSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file makes every commit and read slower, so many don't wait for the end of their hour."""
+    monkeypatch.setattr(merge_module, "OPEN_HOUR_FILES", 5)
+    expected = fill(settings, 4)
+    maintenance = Maintenance(settings)
+    now = NOON + timedelta(minutes=1)
+    assert not maintenance.compact(now)
+    expected += fill(settings, 4, prefix="b")
+    assert maintenance.compact(now)
+    assert len(files(settings)) == 1
+    assert not maintenance.compact(now)
+    expected += fill(settings, 2, prefix="c")
+    assert maintenance.compact(LATER)
+    assert len(files(settings)) == 1
+    assert ids_in_table(settings) == expected
+
+
 def test_hours_and_days_are_not_mixed(settings: StorageSettings) -> None:
     """Each hour has files of its own, so that pruning by time goes on working."""
     expected = fill(settings, 3, NOON, "a") + fill(settings, 3, NOON + timedelta(hours=1), "b")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deltalake import DeltaTable
 from prometheus_client import REGISTRY
 
 from inference_table.commit_loop import CommitLoop
@@ -88,6 +90,19 @@ def test_rows_arrive_without_being_asked_for(tmp_path: Path) -> None:
     writer.put(item)
     wait_for(lambda: ids(tmp_path / "payload") == [item.request_id], "the row")
     writer.close()
+
+
+def test_steady_traffic_is_committed_once_in_a_pause(tmp_path: Path) -> None:
+    """What is spooled while a commit runs waits for the next turn: else tiny commits follow each other."""
+    writer = writer_at(tmp_path, flush_seconds=0.5)
+    started = time.monotonic()
+    for _ in range(120):
+        writer.put(Item())
+        time.sleep(0.02)
+    wait_for(lambda: len(ids(tmp_path / "payload")) == 120, "all rows")
+    turns = (time.monotonic() - started) / 0.5 + 1
+    writer.close()
+    assert DeltaTable(tmp_path / "payload").version() <= turns
 
 
 def test_a_record_waits_for_its_open_spans(tmp_path: Path) -> None:
