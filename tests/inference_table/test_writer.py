@@ -97,7 +97,7 @@ def test_steady_traffic_is_committed_once_in_a_pause(tmp_path: Path) -> None:
     writer = writer_at(tmp_path, flush_seconds=0.5)
     started = time.monotonic()
     for _ in range(120):
-        writer.put(Item())
+        writer.put_durable(Item(), Durability.STRICT)  # at once a segment of its own
         time.sleep(0.02)
     wait_for(lambda: len(ids(tmp_path / "payload")) == 120, "all rows")
     turns = (time.monotonic() - started) / 0.5 + 1
