@@ -1,7 +1,8 @@
 """An agent for questions of memory: each request has data of its own, as in life; some stream, some fail.
 
-``POST /invocations`` takes ``{"trace_bytes": n, "seed": s, "kind": k}``, where k is ``reply``, ``stream``
-(events of a chat completion) or ``fail`` (the agent raises, and the server answers 500).
+``POST /invocations`` takes ``{"trace_bytes": n, "seed": s, "work_ms": w, "kind": k}``: it waits ``w`` ms once
+its spans are made (none unless told); k is ``reply``, ``stream`` (events of a chat completion) or ``fail``
+(the agent raises, and the server answers 500).
 """
 
 import asyncio
@@ -63,6 +64,7 @@ async def invocations(request: Request) -> Response:
     if kind == "fail":
         fail(trace_bytes, seed)
     run_agent(trace_bytes, seed)
+    await asyncio.sleep(asked.get("work_ms", 0) / 1000)
     if kind == "stream":
         return StreamingResponse(events(seed), media_type="text/event-stream")
     return JSONResponse({"answer": text(500, seed)})

@@ -104,8 +104,10 @@ class Run:
     folder: Folder
     last: int
     lost: int = 0
+    rows: int = 0
     segments: list[Segment] = field(default_factory=list)
     tables: list[pa.Table] = field(default_factory=list)
+    """The rows, until they are written."""
 
     @property
     def bytes(self) -> int:
@@ -189,16 +191,16 @@ class Committer:
             remove_dead(found, self._on_step)
             return None
         self._on_step(Step.BATCH_READ)
-        rows = [rows for run in runs for rows in run.tables]
         check_writable(self.settings, table)
-        table = ensure_columns(self.settings, table, union_schema(rows))
+        schema = union_schema(rows for run in runs for rows in run.tables)
+        table = ensure_columns(self.settings, table, schema)
         before = table.version()  # write_deltalake moves the table that it is given
         self._append(table, runs)
         version = self._settle(table, before, runs)
         remove_dead(found, self._on_step)
         return CommitResult(
             version=version,
-            rows=sum(one.num_rows for one in rows),
+            rows=sum(run.rows for run in runs),
             bytes=sum(run.bytes for run in runs),
             segments=sum(len(run.segments) for run in runs),
             is_full=room.is_full,
@@ -300,6 +302,7 @@ class Committer:
             run.last = segment.sequence
             run.segments.append(segment)
             run.tables.append(rows)
+            run.rows += rows.num_rows
         return run
 
     def _delete_committed(self, segments: Iterable[Segment], committed: int) -> None:
@@ -329,6 +332,8 @@ class Committer:
             self._on_step(Step.COMMITTED)
             return
         planned = plan_files(tables)
+        for let_go in (tables, *(run.tables for run in runs)):
+            let_go.clear()
         self._attempt.note(table, transactions, [one.path for one in planned])
         self._on_step(Step.ATTEMPT_NOTED)
         actions = [self._write(one, data_columns(table)) for one in planned]
@@ -346,7 +351,7 @@ class Committer:
         self._on_step(Step.COMMITTED)
 
     def _write(self, planned: DataFile, schema: pa.Schema) -> AddAction:
-        groups = (align(rows, schema) for rows in row_groups(planned.tables))
+        groups = (align(rows, schema) for rows in row_groups(planned.consume()))
         return write_file(
             self.settings.local_path, planned.path, planned.day, groups, compression_level=COMPRESSION_LEVEL
         )
@@ -388,7 +393,7 @@ class Committer:
             for segment in run.segments:
                 self._delete(segment)
             metrics.SPOOL_GAPS.inc(run.lost)
-            metrics.COMMITTED.inc(sum(rows.num_rows for rows in run.tables))
+            metrics.COMMITTED.inc(run.rows)
             metrics.COMMITTED_BYTES.inc(run.bytes)
         self._attempt.forget()
         checkpoint(self.settings, table, version)

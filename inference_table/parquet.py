@@ -9,7 +9,7 @@ partition's; a column that the rows lack is null.
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -66,7 +66,13 @@ class DataFile:
 
     path: str
     day: date | None
-    tables: Sequence[pa.Table]
+    tables: list[pa.Table]
+
+    def consume(self) -> Iterator[pa.Table]:
+        """The rows, once: what was read is let go, as it may be mapped from a file."""
+        self.tables.reverse()
+        while self.tables:
+            yield self.tables.pop()
 
 
 def plan_files(tables: Iterable[pa.Table]) -> list[DataFile]:

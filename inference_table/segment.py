@@ -79,7 +79,12 @@ def read_segment(path: Path) -> pa.Table:
         if found != expected:
             raise damaged(path, "its checksum is wrong")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return parse(path, pa.py_buffer(mapped).slice(0, length))
+    rows = parse(path, pa.py_buffer(mapped).slice(0, length))
+    if hasattr(mmap, "MADV_DONTNEED"):
+        # The check has touched all of it. A batch of segments would count as this process's memory, before
+        # the first of them is needed.
+        mapped.madvise(mmap.MADV_DONTNEED)
+    return rows
 
 
 def checksum(file: io.FileIO, length: int) -> int:

@@ -37,7 +37,7 @@ from inference_table import metrics
 from inference_table.commit import open_or_create_table
 from inference_table.commit_loop import CommitLoop
 from inference_table.errors import DurabilityError, SegmentError, SpoolError, SpoolFullError
-from inference_table.memory import MemoryBudget
+from inference_table.memory import MemoryBudget, give_memory_back
 from inference_table.record import Row, no_pause, to_batch
 from inference_table.reporting import Reporter
 from inference_table.settings import Durability, StorageSettings
@@ -55,6 +55,8 @@ WORK_SECONDS: Final = 0.0005
 """How long the encode thread works, about, before it gives way."""
 GIVE_WAY_SECONDS: Final = 0.00005
 """Long enough for a thread to wake up that waits for the interpreter; about 0.1 ms with Linux's slack."""
+FREED_BYTES: Final = 64 * 1024 * 1024
+"""Spooled bytes after which freed memory is given back to the system."""
 CONFIRM_SECONDS: Final = 0.02
 """How often the encode thread looks whether a committed reply may leave."""
 MAX_BACKOFF_SECONDS: Final = 5.0
@@ -118,6 +120,8 @@ class Writer:
         self._threads: list[threading.Thread] = []
         self._refusing: tuple[str, str] | None = None
         self._gave_way_at = 0.0
+        self._freed = 0
+        self._tidy_at = 0.0
         self._deadline = float("inf")
         self._spool = Spool(self.settings)
         self._commits = CommitLoop(
@@ -280,11 +284,18 @@ class Writer:
                 self._spool_some(ready)
             self._confirm()
             self._measure()
+            self._tidy()
         self._drained.set()
         while self._unconfirmed and time.monotonic() < self._deadline:
             time.sleep(CONFIRM_SECONDS)
             self._confirm()
         self._measure()
+
+    def _tidy(self) -> None:
+        """Give the memory of large records back, once a second at most."""
+        if self._freed > FREED_BYTES and time.monotonic() > self._tidy_at:
+            self._freed, self._tidy_at = 0, time.monotonic() + 1
+            give_memory_back()
 
     def _measure(self) -> None:
         metrics.QUEUE_BYTES.set(self.budget.used)
@@ -366,6 +377,7 @@ class Writer:
         else:
             metrics.SPOOLED.inc(len(rows))
             metrics.SPOOLED_BYTES.inc(batch.nbytes)
+            self._freed += batch.nbytes
             for queued, _ in rows:
                 self._resolve(queued, sequence)
 
