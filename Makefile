@@ -15,7 +15,8 @@ MLFLOW_VERSIONS := 3.15.0 3.17.2
 MLFLOW := $(lastword $(MLFLOW_VERSIONS))
 MLFLOW_TESTS := $(MLFLOW_VERSIONS:%=test-mlflow-%)
 
-.PHONY: demo test test-all test-heavy test-mlflow-matrix $(MLFLOW_TESTS) test-traces lint format bench clean
+.PHONY: demo test test-all test-heavy test-mlflow-matrix $(MLFLOW_TESTS) test-traces lint format \
+	bench bench-quick bench-soak bench-peers clean
 
 demo: $(VENV)/.demo  ## serve a real agent, send real requests, look at the table
 	$(BIN)/python -m examples.demo
@@ -47,8 +48,24 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.bench  ## rough figures for added latency on this machine
-	$(BIN)/python -m benchmarks.added_latency
+# Each is a module of its own too: `.venv/bin/python -m benchmarks.agent_call`.
+BENCHMARKS := agent_call added_latency durability neighbour requests_per_second throughput freshness memory growth
+
+bench: $(VENV)/.bench  ## all benchmarks but soak and peers: about 20 minutes on a quiet machine
+	@set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
+	$(BIN)/python -m benchmarks.summary
+
+bench-quick: $(VENV)/.bench  ## a tenth of it, in a folder of its own: that they run, not what they say
+	@set -e; export BENCH_QUICK=1 BENCH_RESULTS=$(VENV)/bench-quick; \
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done; $(BIN)/python -m benchmarks.summary
+
+bench-soak: $(VENV)/.bench  ## ten minutes of mixed load
+	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m benchmarks.summary
+
+bench-peers: $(VENV)/.bench  ## beside what else there is; installs each into an environment of its own
+	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.summary
 
 clean:
 	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
