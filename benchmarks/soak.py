@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import httpx
+
 from benchmarks.memory import dropped, memory_of, pids, sampling
 from benchmarks.report import Axes, Result, Target, main, scaled, write
 from deploy.bench import Endpoint, free_port, new_client, stop, wait_until_up
@@ -64,8 +66,18 @@ class Answers:
     """What clients were told: ids of all requests that got a reply, and how many of which status."""
 
     ids: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    """Why requests got no reply."""
     statuses: "Counter[int]" = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def noting_broken(self, started: float) -> Iterator[None]:
+        """A connection that breaks costs its request, not the run."""
+        try:
+            yield
+        except httpx.TransportError as error:
+            self.broken.append(f"{error or type(error).__name__} after {time.monotonic() - started:.0f} s")
 
     def add(self, status: int, request_id: str) -> None:
         with self.lock:
@@ -136,7 +148,7 @@ def send(server: Endpoint, seconds: float, answers: Answers, number: int) -> Non
     """One client's share of the load, on time unless replies take too long."""
     draw, started, sent = random.Random(number), time.monotonic(), 0
     while time.monotonic() < started + seconds:
-        with new_client(server.url) as client:
+        with new_client(server.url) as client, answers.noting_broken(started):
             for _ in range(REQUESTS_PER_CONNECTION):
                 body = {
                     "trace_bytes": draw.choices(list(SIZES), list(SIZES.values()))[0],
@@ -146,9 +158,9 @@ def send(server: Endpoint, seconds: float, answers: Answers, number: int) -> Non
                 reply = client.post("/invocations", json=body)
                 answers.add(reply.status_code, reply.headers["x-databricks-request-id"])
                 sent += 1
-                if time.monotonic() >= started + seconds:
-                    break
                 time.sleep(max(0.0, started + sent * CLIENTS / PER_SECOND - time.monotonic()))
+                if time.monotonic() >= started + seconds or reply.is_server_error:
+                    break  # uvicorn closes the connection of an app that raised, without saying so before
 
 
 def growth(moments: list[Moment], seconds: float) -> float:
@@ -166,12 +178,14 @@ def run() -> None:
         folder = Path(name)
         settings = StorageSettings(uri=str(folder / "payload"), spool_dir=folder / "spool")
         with workers(folder) as server:
+            members = set(pids(server))
             look = partial(moment, server, spool_root(settings), time.monotonic())
             with sampling(look, 1.0) as moments, ThreadPoolExecutor(CLIENTS) as pool:
                 warm_up(server, answers)
                 left = seconds - moments[-1].seconds
                 list(pool.map(partial(send, server, left, answers), range(CLIENTS)))
             lost = dropped(server)
+            gone = members - set(pids(server))
         ids = InferenceTable(settings.uri).to_arrow(["databricks_request_id"])[0].to_pylist()
     missing, double = len(set(answers.ids) - set(ids)), len(ids) - len(set(ids))
     grown = growth(moments, seconds)
@@ -181,12 +195,15 @@ def run() -> None:
         by_minute(moments, seconds),
         [
             Target("growth of memory after the first fifth", FLAT_LIMIT, grown, "%"),
+            Target("requests without a reply", 0, len(answers.broken), ""),
             Target("answered requests that are no row", 0, missing, "rows"),
             Target("rows that are there twice", 0, double, "rows"),
         ],
         [
             f"{len(answers.ids):,} requests in {seconds:,.0f} s ({statuses(answers.statuses)}), {len(ids):,} "
             f"rows, {sum(lost.values())} records dropped. Of 100 requests {mix()}.",
+            f"Without a reply: {'; '.join(answers.broken) or 'none'}. "
+            f"Processes of the server that ended meanwhile: {len(gone)}.",
             f"Memory is that of all processes of {WORKERS} workers, each second. Growth is the slope of a "
             f"line fitted to the resident memory (rss) of the last {1 - SETTLED_SHARE:.0%} of the time, "
             "times that time, as a share of its mean. Proportional memory (pss) counts shared pages once; "

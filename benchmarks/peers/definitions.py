@@ -32,6 +32,8 @@ OFFLINE: Final = {
     "PHOENIX_TELEMETRY_ENABLED": "false",
 }
 """Nobody calls home."""
+WORKERS: Final = 1 if quick() else 4
+"""Of MLflow's server: its default, unless there isn't the time to start four."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,11 @@ class Server:
     """A server that a peer sends its records to.
 
     Attributes:
-        environment: its own; what agents install to send to it is lighter.
-        command: the first word is a command of the environment.
+        command: the first word is a command of its environment.
         variables: of its environment.
         health: the path that answers 200 once it is up.
     """
 
-    environment: Environment
     command: tuple[str, ...]
     variables: Mapping[str, str]
     health: str
@@ -77,7 +77,9 @@ class Peer:
         app: module of the app, in ``benchmarks.peers.apps``.
         setting: what a reader should know of how it was set up.
         variables: of the endpoint's environment.
+        environment: of the endpoint.
         store: what reads its records; None where there is nothing to read.
+        server, server_environment: what it sends its records to, if anything.
         batch_seconds: the longest that it holds records back before it writes them, by its setting.
     """
 
@@ -88,7 +90,13 @@ class Peer:
     variables: Callable[[Site], Mapping[str, str]] = lambda _: {}
     store: Callable[[Site], Store] | None = None
     server: Callable[[Site], Server] | None = None
+    server_environment: Environment | None = None
     batch_seconds: float = 0.0
+
+    @property
+    def environments(self) -> list[Environment]:
+        """All that it needs."""
+        return [found for found in (self.environment, self.server_environment) if found]
 
 
 def captured(site: Site) -> dict[str, str]:
@@ -118,7 +126,6 @@ def as_databricks_serves(_: Site) -> dict[str, str]:
 
 def mlflow_server(site: Site) -> Server:
     return Server(
-        MLFLOW,
         (
             "mlflow",
             "server",
@@ -128,9 +135,8 @@ def mlflow_server(site: Site) -> Server:
             f"{site.folder}/artifacts",
             "--port",
             str(site.server_port),
-            # Its default; a quick run hasn't the time to start four.
             "--workers",
-            "1" if quick() else "4",
+            str(WORKERS),
         ),
         # Its jobs score traces and the like; a kill would leave their files behind in /dev/shm.
         {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
@@ -140,7 +146,6 @@ def mlflow_server(site: Site) -> Server:
 
 def phoenix_server(site: Site) -> Server:
     return Server(
-        PHOENIX,
         ("phoenix", "serve"),
         {
             "PHOENIX_HOST": "127.0.0.1",
@@ -204,22 +209,24 @@ PEERS: Final = (
         "phoenix",
         PHOENIX_OTEL,
         "phoenix",
-        "`phoenix serve` on SQLite; in the endpoint arize-phoenix-otel, `register(batch=True)` over OTLP/HTTP: "
-        "a batch every 5 s or 512 spans",
+        "`phoenix serve` on SQLite; in the endpoint arize-phoenix-otel with `register(batch=True)`, which is "
+        "OTLP over HTTP with a batch every 5 s or 512 spans",
         lambda site: {"PHOENIX_COLLECTOR_ENDPOINT": site.server_url},
         lambda site: PhoenixServer(site.server_url),
         phoenix_server,
+        PHOENIX,
         batch_seconds=5.0,
     ),
     Peer(
         "mlflow server",
         MLFLOW_TRACING,
         "mlflow_server",
-        "`mlflow server` with its 4 workers on SQLite, without its job runner; in the endpoint mlflow-tracing, "
+        f"`mlflow server` on SQLite with {WORKERS} workers and no job runner; in the endpoint the light SDK, "
         "its batch span processor and asynchronous logging at their defaults",
         lambda site: {"MLFLOW_TRACKING_URI": site.server_url},
         lambda site: MlflowServer(site.server_url),
         mlflow_server,
+        MLFLOW,
         batch_seconds=5.0,
     ),
 )

@@ -50,6 +50,11 @@ class Environment:
         """The folder of its commands."""
         return self.folder / self.name / "bin" if self.requirements else Path(sys.executable).parent
 
+    @property
+    def what(self) -> str:
+        """The first of its requirements, which it is made for."""
+        return self.requirements[0] if self.requirements else "this version"
+
     def install(self) -> None:
         """Make it, unless a run before has.
 

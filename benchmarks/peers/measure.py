@@ -11,7 +11,7 @@ from typing import Final
 import orjson
 
 from benchmarks.peers.probes import Store
-from benchmarks.peers.processes import folder_bytes, wait_until_idle
+from benchmarks.peers.processes import Process, folder_bytes, wait_until_idle
 from benchmarks.peers.running import Running
 from benchmarks.report import quick, scaled
 from benchmarks.workload import agent_run
@@ -120,7 +120,8 @@ def measured(peer: Running, floor: Running, size: Size) -> Cost:
     # What is imported and set up at the first requests is not charged to those that are measured.
     for load in loads:
         load.send()
-    wait_until_idle(processes, IDLE_SECONDS)
+    if not quick():
+        settle(peer, processes)
     disk = folder_bytes(peer.folder)
     sent = len(loads[1].records)
     before = [process.cpu_seconds() for process in processes]
@@ -133,9 +134,7 @@ def measured(peer: Running, floor: Running, size: Size) -> Cost:
     )
     records = loads[1].records[sent:]
     memory = [process.pss_bytes() / 1e6 for process in processes]
-    # Records may be held back for a batch before they go.
-    time.sleep(peer.peer.batch_seconds)
-    wait_until_idle(processes, IDLE_SECONDS)
+    settle(peer, processes)
     cpu_ms = [
         (process.cpu_seconds() - earlier) * 1000 / len(records)
         for process, earlier in zip(processes, before, strict=True)
@@ -157,6 +156,12 @@ def measured(peer: Running, floor: Running, size: Size) -> Cost:
         if cost.readable:
             cost.disk_ratio = disk / (cost.readable * len(records) * size.raw_bytes())
     return cost
+
+
+def settle(peer: Running, processes: Sequence[Process]) -> None:
+    """Wait until records that are held back for a batch have gone too, and nobody works any more."""
+    time.sleep(peer.peer.batch_seconds)
+    wait_until_idle(processes, IDLE_SECONDS)
 
 
 def complete(store: Store, records: Sequence[str]) -> set[str]:
@@ -188,28 +193,26 @@ def until_readable(peer: Running, size: Size) -> float:
     return median if median < FRESH_SECONDS else nan
 
 
-def after_kill(peer: Running, size: Size, *, of_server: bool) -> tuple[int, int]:
-    """SIGKILL right after the last reply of a burst; then all is started again, and given its time.
+def after_kill(peer: Running, victim: Process, size: Size) -> tuple[int, int]:
+    """SIGKILL right after the last reply of a burst; then the victim is started again, and given its time.
 
     Returns:
         Records that can be read afterwards, and requests that were answered.
     """
-    assert peer.store is not None
     peer.prepare(size.trace_bytes, size.seeds)
-    records = peer.burst(scaled(BURST), size.trace_bytes, size.seeds)
-    if of_server:
-        peer.restart_server()
-    else:
-        peer.restart_endpoint()
-    return settled(peer, records), len(records)
+    records = peer.burst(scaled(BURST), size.trace_bytes, size.seeds, then=victim.kill)
+    server = peer.server
+    peer.restart(victim)
+    # Senders that don't reach their server try again, with pauses of some seconds.
+    patience = 15.0 if victim is server else 2.0 if quick() else 5.0
+    return readable_in_the_end(peer, records, patience=patience), len(records)
 
 
-def settled(peer: Running, records: Sequence[str]) -> int:
-    """How many records can be read once nothing more of them comes."""
+def readable_in_the_end(peer: Running, records: Sequence[str], patience: float) -> int:
+    """How many records can be read once nothing more of them has come for ``patience`` seconds."""
     assert peer.store is not None
-    # Senders that could not reach their server try again with pauses of some seconds.
-    patience = 3.0 if quick() else 15.0
     missing = set(records)
+    assert len(missing) == len(records), "each record has a name of its own"
     changed = time.monotonic()
     while missing and time.monotonic() - changed < patience:
         time.sleep(0.5)

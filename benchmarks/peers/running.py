@@ -1,7 +1,7 @@
 """A peer that runs: its endpoint, its server where it has one, and clients."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -47,13 +47,12 @@ class Running:
         self.store = peer.store(self._site) if peer.store else None
 
     def _start_server(self) -> Process | None:
-        if self.peer.server is None:
+        if self.peer.server is None or self.peer.server_environment is None:
             return None
         server = self.peer.server(self._site)
-        server.environment.install()
         command, *arguments = server.command
         process = Process(
-            [str(server.environment.bin / command), *arguments],
+            [str(self.peer.server_environment.bin / command), *arguments],
             {**OFFLINE, **server.variables},
             self._logs / "server.log",
             cwd=self.folder,
@@ -75,15 +74,11 @@ class Running:
         )
         return up(process, f"{self._url}/prepare?trace_bytes=10000&seeds=0")
 
-    def restart_endpoint(self) -> None:
-        """SIGKILL the endpoint and start it again."""
-        self.endpoint.kill()
-        self.endpoint = self._start_endpoint()
-
-    def restart_server(self) -> None:
-        """SIGKILL the server and start it again."""
-        if self.server:
-            self.server.kill()
+    def restart(self, killed: Process) -> None:
+        """Start the endpoint or the server again, which was killed."""
+        if killed is self.endpoint:
+            self.endpoint = self._start_endpoint()
+        else:
             self.server = self._start_server()
 
     def _end_server(self) -> None:
@@ -105,8 +100,8 @@ class Running:
         """One request; returns what its record is known by."""
         return call(self._client, trace_bytes, seed)
 
-    def burst(self, count: int, trace_bytes: int, seeds: int) -> list[str]:
-        """As many requests as fast as they go, all of them answered when this returns."""
+    def burst(self, count: int, trace_bytes: int, seeds: int, then: Callable[[], None]) -> list[str]:
+        """As many requests as fast as they go, and ``then`` a call as soon as the last is answered."""
         with contextlib.ExitStack() as stack:
             clients = [stack.enter_context(client(self._url)) for _ in range(CONNECTIONS)]
             pool = stack.enter_context(ThreadPoolExecutor(CONNECTIONS))
@@ -115,7 +110,9 @@ class Running:
                 turns = range(number, count, CONNECTIONS)
                 return [call(clients[number], trace_bytes, turn % seeds) for turn in turns]
 
-            return [record for records in pool.map(share, range(CONNECTIONS)) for record in records]
+            shares = list(pool.map(share, range(CONNECTIONS)))
+            then()
+            return [record for records in shares for record in records]
 
 
 def client(url: str) -> httpx.Client:
@@ -150,13 +147,11 @@ def up(process: Process, url: str) -> Process:
 
 @contextlib.contextmanager
 def running(peer: Peer, folder: Path) -> Iterator[Running]:
-    """Install and start a peer; stop it when the block ends.
+    """Start a peer, which is installed; stop it when the block ends.
 
     Raises:
-        InstallError: it can't be installed.
         StartError: it doesn't start.
     """
-    peer.environment.install()
     found = Running(peer, folder)
     try:
         yield found

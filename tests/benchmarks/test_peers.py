@@ -54,7 +54,7 @@ def test_a_peer_is_measured(strict: Running, floor: Running) -> None:
 
 def test_strict_records_are_there_after_the_endpoint_was_killed(strict: Running) -> None:
     """SIGKILL behind the last reply of a burst, a new start, and all that was answered can be read."""
-    assert after_kill(strict, SMALL, of_server=False) == (20, 20)
+    assert after_kill(strict, strict.endpoint, SMALL) == (20, 20)
 
 
 def test_a_record_counts_when_all_its_spans_are_there(tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ def test_an_installed_environment_is_reused(tmp_path: Path) -> None:
 
 
 def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
-    server = Server(OWN, ("python", "-c", "raise SystemExit('no disk')"), {}, "/")
-    peer = Peer("ends", OWN, "floor", "", server=lambda _: server)
+    server = Server(("python", "-c", "raise SystemExit('no disk')"), {}, "/")
+    peer = Peer("ends", OWN, "floor", "", server=lambda _: server, server_environment=OWN)
     with pytest.raises(StartError, match="no disk"), running(peer, tmp_path / "peer"):
         pass
 

@@ -19,4 +19,6 @@ def traced(steps: Sequence[Step]) -> str:
                 child.set_inputs(step.inputs)
                 child.set_outputs(step.outputs)
         span.set_outputs(root.outputs)
+    if not span.trace_id.startswith("tr-"):
+        raise RuntimeError("MLflow made no spans; MLFLOW_LOGGING_LEVEL=DEBUG tells why")
     return str(span.trace_id)
