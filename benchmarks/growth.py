@@ -139,8 +139,8 @@ def run() -> None:
             "A commit goes from listing the spool to the deletion of its segments, with its fsyncs and every "
             "20th a checkpoint. Commits to the two tables that are compared were done in turn.",
             f"Maintenance after the {len(commits)} commits that made the old table took "
-            f"{sum(maintenance) / 1000:.1f} s in all, {max(maintenance):.0f} ms at most. Small files are merged "
-            "once their hour has 256 of them, so the old table has some hundred.",
+            f"{sum(maintenance) / 1000:.1f} s in all, {max(maintenance):.0f} ms at most. Small files are "
+            "merged once their hour has 256 of them, so the old table has some hundred.",
             f"The empty table has {pairs} batches in the end, the full one as many beyond its first rows.",
         ],
     )
