@@ -5,6 +5,7 @@ complete with eight.
 """
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -94,7 +95,7 @@ class PhoenixServer:
                     yield name[1:], trace["numSpans"]
 
 
-class Lines:
+class Lines(ABC):
     """A file of JSON lines that is read as it grows; a line counts once it has its end."""
 
     def __init__(self, path: Path) -> None:
@@ -121,9 +122,9 @@ class Lines:
                 self._offset += len(line)
                 yield line
 
+    @abstractmethod
     def read(self, line: bytes) -> tuple[str, int]:
         """The record that a line belongs to, and the number of its spans in it."""
-        raise NotImplementedError
 
 
 class BentomlLog(Lines):
