@@ -37,6 +37,8 @@ ROOT: Final = Path(__file__).parent.parent
 OK: Final = 200
 BUFFER_BYTES: Final = 1 << 20
 TIMEOUT_SECONDS: Final = 60.0
+KEEP_ALIVE_SECONDS: Final = 4.0
+"""Less than uvicorn's 5: a connection that has rested for longer is made anew."""
 """A server that takes longer to answer hangs."""
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -84,14 +86,22 @@ class Client:
     """
 
     def __init__(self, url: str) -> None:
-        address = urlsplit(url)
+        self._address = urlsplit(url)
+        self._body = bytearray(BUFFER_BYTES)
+        self._connect()
+
+    def _connect(self) -> None:
+        address = self._address
         self._socket = socket.create_connection((address.hostname, address.port), TIMEOUT_SECONDS)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._incoming = self._socket.makefile("rb")
-        self._body = bytearray(BUFFER_BYTES)
+        self._used = time.monotonic()
 
     def send(self, request: bytes) -> Reply:
         """Send what :func:`get` or :func:`post` made, and read the whole reply, which must have a length."""
+        if time.monotonic() - self._used > KEEP_ALIVE_SECONDS:
+            self.close()
+            self._connect()
         self._socket.sendall(request)
         _, status, *_ = self._line().split(" ")
         headers = {}
@@ -104,6 +114,7 @@ class Client:
         body = memoryview(self._body)[:length]
         if self._incoming.readinto(body) < length:
             raise ConnectionError("the server closed the connection within a reply")
+        self._used = time.monotonic()
         return Reply(int(status), headers, body)
 
     def _line(self) -> str:
