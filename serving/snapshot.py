@@ -275,12 +275,12 @@ def compact_string(value: Snapshot) -> bytes:
     except TypeError:
         # orjson refuses integers beyond 64 bits and lone surrogates.
         return orjson.dumps(well_formed(guarded(lambda: json.dumps(thaw(value), ensure_ascii=False))))
-    if (
-        texts
-    ):  # what orjson didn't write itself may hold escapes that can't be read, and raw control characters
+    if texts:  # what orjson didn't write itself may hold escapes that can't be read, and control characters
         return orjson.dumps(readable_json(text.decode()))
-    # JSON text holds nothing else that a string must escape. Not by way of a str, which takes five times as
-    # long where text is not ASCII.
+    if text.isascii():
+        return orjson.dumps(text.decode())
+    # By way of a str 1 MB with an emoji in it takes 2.0 ms, so 0.6. JSON text holds nothing else that a string
+    # must escape. (ASCII takes 0.5 so, and 0.2 by way of a str.)
     return b'"' + text.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
 
 
