@@ -11,6 +11,7 @@
     │   ├── TableNotFoundError  there is no table at that URI
     │   ├── TableReplacedError  another table is at that URI than before
     │   └── TableSchemaError    the table is not an inference table we may write to
+    ├── DeploymentError     an agent can't be deployed, or a deployment can't be changed
     ├── DurabilityError     a reply could not be recorded as durably as was asked for
     └── QueryError          a query is not valid SQL, or failed while it ran
 
@@ -18,6 +19,7 @@ Every message says what was tried, on what, and what to do about it.
 """
 
 __all__ = [
+    "DeploymentError",
     "DurabilityError",
     "QueryError",
     "SegmentError",
@@ -66,6 +68,10 @@ class TableReplacedError(TableError):
 
 class TableSchemaError(TableError):
     """The table is not an inference table that we may write to."""
+
+
+class DeploymentError(TracelakeError):
+    """An agent can't be deployed, or a deployment can't be changed."""
 
 
 class DurabilityError(TracelakeError):
