@@ -5,7 +5,6 @@ Two servers get the same requests, one after the other in each phase. All proces
 
 import contextlib
 import math
-import os
 import tempfile
 import threading
 import time
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from benchmarks.report import Axes, Result, Target, main, quick, scaled, write
-from deploy.bench import Endpoint, endpoint, new_client
+from deploy.bench import PROC, Endpoint, endpoint, new_client, session_stats
 
-__all__ = ["Use", "dropped", "memory_of", "pids", "sampling"]
+__all__ = ["Use", "dropped", "memory_of", "sampling"]
 
 SMALL_BYTES: Final = 10_000
 SMALL_REQUESTS: Final = 2000
@@ -39,8 +38,6 @@ SAMPLE_SECONDS: Final = 0.05
 SMALL_LIMIT_MB: Final = 150.0
 LARGE_LIMIT_MB: Final = 400.0
 
-PROC: Final = Path("/proc")
-
 T = TypeVar("T")
 
 
@@ -52,16 +49,6 @@ class Use:
     anonymous: float
 
 
-def pids(server: Endpoint) -> list[int]:
-    """All processes of a server: it leads a session."""
-    found = []
-    for path in PROC.glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended since
-            if os.getsid(int(path.name)) == server.pid:
-                found.append(int(path.name))
-    return found
-
-
 def memory_of(server: Endpoint) -> Use:
     """Proportional set size of all processes of a server; resident set size where the kernel has no other.
 
@@ -69,8 +56,8 @@ def memory_of(server: Endpoint) -> Use:
     of the spool, the system can take back.
     """
     total = anonymous = 0
-    for pid in pids(server):
-        with contextlib.suppress(OSError):
+    for pid in session_stats(server.pid):
+        with contextlib.suppress(OSError):  # it has ended since
             lines = (PROC / str(pid) / "smaps_rollup").read_text(encoding="utf-8").splitlines()[1:]
             sizes = {name: int(size) for name, size, *_ in map(str.split, lines)}
             total += sizes["Pss:"]

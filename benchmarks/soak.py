@@ -7,8 +7,6 @@ import contextlib
 import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,9 +21,9 @@ from typing import Final
 
 import httpx
 
-from benchmarks.memory import dropped, memory_of, pids, sampling
+from benchmarks.memory import dropped, memory_of, sampling
 from benchmarks.report import Axes, Result, Target, main, scaled, write
-from deploy.bench import Endpoint, free_port, new_client, stop, wait_until_up
+from deploy.bench import Endpoint, endpoint, new_client, session_stats
 from inference_table.settings import StorageSettings
 from inference_table.spool import spool_root, spool_stats
 from inference_table.table import InferenceTable
@@ -85,35 +83,6 @@ class Answers:
             self.ids.append(request_id)
 
 
-@contextmanager
-def workers(folder: Path) -> Iterator[Endpoint]:
-    """``tracelake serve --workers 2`` in a session of its own; its rows are in the table afterwards."""
-    table, spool, log, port = folder / "payload", folder / "spool", folder / "log", free_port()
-    variables = {
-        "ENABLE_MLFLOW_TRACING": "true",
-        "INFERENCE_TABLE_URI": str(table),
-        "INFERENCE_TABLE_SPOOL_DIR": str(spool),
-    }
-    command = [sys.executable, "-m", "deploy.cli", "serve", "benchmarks.mixed_agent:app"]
-    command += ["--workers", str(WORKERS), "--log-level", "warning", "--port", str(port)]
-    url = f"http://127.0.0.1:{port}"
-    with log.open("wb") as output, new_client(url) as client:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **variables},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            server = Endpoint(url, process.pid, table, spool, log, client)
-            wait_until_up(process, port, server)
-            yield server
-        finally:
-            stop(process)
-
-
 def moment(server: Endpoint, root: Path, started: float) -> Moment:
     memory, stats = memory_of(server), spool_stats(root)
     oldest = stats.oldest_unix_seconds
@@ -124,7 +93,7 @@ def moment(server: Endpoint, root: Path, started: float) -> Moment:
         anonymous=memory.anonymous,
         spool=stats.bytes / 1e6,
         oldest=0.0 if oldest is None else max(0.0, time.time() - oldest),
-        files=sum(map(open_files, pids(server))),
+        files=sum(map(open_files, session_stats(server.pid))),
     )
 
 
@@ -175,17 +144,16 @@ def run() -> None:
     seconds = float(os.environ.get("BENCH_SOAK_SECONDS") or scaled(SECONDS))
     answers = Answers()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        settings = StorageSettings(uri=str(folder / "payload"), spool_dir=folder / "spool")
-        with workers(folder) as server:
-            members = set(pids(server))
+        with endpoint("benchmarks.mixed_agent:app", Path(name), capture=True, workers=WORKERS) as server:
+            members = set(session_stats(server.pid))
+            settings = StorageSettings(uri=str(server.table), spool_dir=server.spool)
             look = partial(moment, server, spool_root(settings), time.monotonic())
             with sampling(look, 1.0) as moments, ThreadPoolExecutor(CLIENTS) as pool:
                 warm_up(server, answers)
                 left = seconds - moments[-1].seconds
                 list(pool.map(partial(send, server, left, answers), range(CLIENTS)))
             lost = dropped(server)
-            gone = members - set(pids(server))
+            gone = members - set(session_stats(server.pid))
         ids = InferenceTable(settings.uri).to_arrow(["databricks_request_id"])[0].to_pylist()
     missing, double = len(set(answers.ids) - set(ids)), len(ids) - len(set(ids))
     grown = growth(moments, seconds)

@@ -29,7 +29,17 @@ from serving.settings import ENABLE_VARIABLE
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Endpoint", "endpoint", "interleaved", "new_client", "percentile"]
+__all__ = [
+    "PROC",
+    "Endpoint",
+    "cpu_seconds_of",
+    "endpoint",
+    "free_port",
+    "interleaved",
+    "new_client",
+    "percentile",
+    "session_stats",
+]
 
 START_SECONDS: Final = 300.0
 """Agents may load models when they start."""
@@ -71,13 +81,13 @@ class Endpoint:
 
     def cpu_seconds(self) -> float:
         """User and system time of the server and its children so far, to 10 ms; nan without /proc."""
-        fields = session_stats(self.pid)
-        return sum(sum(map(int, stat[11:15])) for stat in fields) / CLOCK_TICKS if fields else math.nan
+        stats = session_stats(self.pid)
+        return cpu_seconds_of(stats) if stats else math.nan
 
     def rss_bytes(self) -> float:
         """Resident memory of the server and its children now; nan without /proc."""
-        fields = session_stats(self.pid)
-        return float(sum(int(stat[21]) for stat in fields) * PAGE_BYTES) if fields else math.nan
+        stats = session_stats(self.pid)
+        return float(sum(int(stat[21]) for stat in stats.values()) * PAGE_BYTES) if stats else math.nan
 
     def last_words(self) -> str:
         """The last line that the server or the agent wrote."""
@@ -85,16 +95,21 @@ class Endpoint:
         return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
-def session_stats(session: int) -> list[list[str]]:
-    """Fields of ``/proc/<pid>/stat`` from the third on (proc(5)), of each process of a session."""
-    found = []
+def session_stats(session: int) -> dict[int, list[str]]:
+    """Fields of ``/proc/<pid>/stat`` from the third on (proc(5)), by pid, of the processes of a session."""
+    found = {}
     for path in PROC.glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended since
             # The second field, the name, is in brackets and may hold anything.
             stat = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
             if int(stat[3]) == session:
-                found.append(stat)
+                found[int(path.parent.name)] = stat
     return found
+
+
+def cpu_seconds_of(stats: Mapping[int, list[str]]) -> float:
+    """User and system time of processes, as :func:`session_stats` has them, and of their ended children."""
+    return sum(sum(map(int, stat[11:15])) for stat in stats.values()) / CLOCK_TICKS
 
 
 @contextlib.contextmanager
@@ -105,6 +120,7 @@ def endpoint(
     capture: bool,
     environment: Mapping[str, str] | None = None,
     app_dir: str = ".",
+    workers: int = 1,
 ) -> Iterator[Endpoint]:
     """Serve an agent in a process of its own for as long as the block runs; then all its rows are committed.
 
@@ -114,10 +130,14 @@ def endpoint(
         capture: False serves the agent alone, its MLflow spans switched off.
         environment: what is to differ from this process's environment.
         app_dir: folder to import the agent from.
+        workers: server processes; without capture there can be one only.
 
     Raises:
         TracelakeError: it doesn't start; the message is what the server said last.
+        ValueError: several workers without capture.
     """
+    if workers > 1 and not capture:
+        raise ValueError("without capture an agent is served by one process")
     home = Path(tempfile.mkdtemp(prefix="captured-" if capture else "plain-", dir=folder))
     table, spool, log = home / "payload", home / "spool", home / "log"
     variables = {
@@ -128,7 +148,9 @@ def endpoint(
         "INFERENCE_TABLE_SPOOL_DIR": str(spool),
     }
     port = free_port()
-    command = ["deploy.cli", "serve", "--log-level", LOG_LEVEL] if capture else ["deploy.bench"]
+    command = ["deploy.bench"]
+    if capture:
+        command = ["deploy.cli", "serve", "--log-level", LOG_LEVEL, "--workers", str(workers)]
     url = f"http://127.0.0.1:{port}"
     with new_client(url) as client:
         with log.open("wb") as output:

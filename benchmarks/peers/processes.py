@@ -3,18 +3,17 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Process", "StartError", "folder_bytes", "free_port", "wait_for", "wait_until_idle"]
+from deploy.bench import PROC, cpu_seconds_of, session_stats
+
+__all__ = ["Process", "StartError", "folder_bytes", "wait_for", "wait_until_idle"]
 
 ROOT: Final = Path(__file__).parents[2]
-PROC: Final = Path("/proc")
-CLOCK_TICKS: Final = os.sysconf("SC_CLK_TCK")
 BLOCK_BYTES: Final = 512
 """The unit of ``st_blocks``."""
 STOP_SECONDS: Final = 30.0
@@ -70,12 +69,11 @@ class Process:
 
     def members(self) -> list[int]:
         """Ids of all processes of its session."""
-        return [int(path.name) for path in PROC.glob("[0-9]*") if session_of(path) == self._popen.pid]
+        return list(session_stats(self._popen.pid))
 
     def cpu_seconds(self) -> float:
         """User and system time so far, of its children too, those that have ended included."""
-        stats = (stat_of(PROC / str(pid)) for pid in self.members())
-        return sum(sum(map(int, stat[11:15])) for stat in stats) / CLOCK_TICKS
+        return cpu_seconds_of(session_stats(self._popen.pid))
 
     def pss_bytes(self) -> int:
         """Resident memory; pages shared between its processes count once."""
@@ -99,22 +97,6 @@ class Process:
         self.kill()
 
 
-def stat_of(process: Path) -> list[str]:
-    """Fields of ``/proc/<pid>/stat`` from the third on; none when the process is gone.
-
-    The fourth of these is the session; the twelfth to fifteenth are utime, stime, cutime and cstime.
-    """
-    try:
-        return (process / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def session_of(process: Path) -> int | None:
-    stat = stat_of(process)
-    return int(stat[3]) if stat else None
-
-
 def pss_of(process: Path) -> int:
     try:
         lines = (process / "smaps_rollup").read_text().splitlines()
@@ -133,13 +115,6 @@ def blocks_of(path: Path) -> int:
         return path.lstat().st_blocks
     except OSError:  # removed since it was listed
         return 0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:

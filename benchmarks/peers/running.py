@@ -10,7 +10,8 @@ import httpx
 
 from benchmarks.peers.apps.agent import RECORD_HEADER
 from benchmarks.peers.definitions import OFFLINE, Peer, Site
-from benchmarks.peers.processes import Process, free_port, wait_until_idle
+from benchmarks.peers.processes import Process, wait_until_idle
+from deploy.bench import free_port
 
 __all__ = ["Running", "running"]
 

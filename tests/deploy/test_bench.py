@@ -316,6 +316,18 @@ def test_without_capture_spans_cost_nothing(in_folder: Path) -> None:
     assert output_of(rows(served.table)[0])["trace"]["data"]["spans"]
 
 
+def test_several_workers_are_one_endpoint(tmp_path: Path) -> None:
+    """All their processes count; without capture there can be one only."""
+    (tmp_path / "my_agent.py").write_text(AGENT, encoding="utf-8")
+    with endpoint("my_agent:app", tmp_path, capture=True, app_dir=str(tmp_path), workers=2) as served:
+        assert wait_for(lambda: len(session_stats(served.pid)) >= 3, "two workers and who leads them")
+        assert served.client.post("/invocations", json=SMALL).status_code == 200
+    wait_for(lambda: not session_stats(served.pid), "the end of all processes")
+    assert len(rows(served.table)) == 1
+    with pytest.raises(ValueError, match="one process"), endpoint("x", tmp_path, capture=False, workers=2):
+        pass
+
+
 def test_a_server_that_does_not_start_says_why(in_folder: Path) -> None:
     """The last line of its log is the error."""
     (in_folder / "broken.py").write_text("raise KeyError('OPENAI_API_KEY')", encoding="utf-8")

@@ -65,7 +65,7 @@ def test_an_hour_becomes_one_file(settings: StorageSettings) -> None:
 
 
 def test_the_present_hour_is_left_alone(settings: StorageSettings) -> None:
-    """Files are merged only when their hour is over and settled: each row is rewritten once."""
+    """Where it has few files: they wait until it is over and settled, so that each row is rewritten once."""
     fill(settings, 3)
     maintenance = Maintenance(settings)
     assert not maintenance.compact(NOON + timedelta(minutes=59))
