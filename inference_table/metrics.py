@@ -76,3 +76,11 @@ ORPHAN_TRACES: Final = Counter(
 )
 LATE_SPANS: Final = Counter("tracelake_late_spans_total", "Spans that came after their row was sealed.")
 COMPACTIONS: Final = Counter("tracelake_compactions_total", "Closed partitions compacted.")
+UNAUTHENTICATED: Final = Counter(
+    "tracelake_unauthenticated_total", "Requests without an API key that is accepted, by reason.", ["reason"]
+)
+API_KEY_FILE_ERRORS: Final = Counter(
+    "tracelake_api_key_file_errors_total",
+    "Times that the API key file had changed and could not be used; the keys of before were.",
+)
+REFUSED: Final = Counter("tracelake_refused_total", "Requests refused by a limit, by reason.", ["reason"])

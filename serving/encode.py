@@ -162,8 +162,8 @@ class RowEncoder:
         return self._settings.sampling_fraction if exchange.durability is Durability.RELAXED else 1.0
 
     def _requester(self, exchange: Exchange) -> str | None:
-        if self._settings.requester_header is None:
-            return None
+        if exchange.requester is not None or self._settings.requester_header is None:
+            return exchange.requester
         wanted = self._settings.requester_header.lower().encode("latin-1", "replace")
         return next((header_text(value) for name, value in exchange.request_headers if name == wanted), None)
 

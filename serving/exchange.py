@@ -25,6 +25,8 @@ Send = Callable[[Message], Awaitable[None]]
 
 REQUEST_ID_HEADER: Final = b"x-databricks-request-id"
 DURABILITY_HEADER: Final = b"x-inference-table-durability"
+REQUESTER_KEY: Final = "tracelake.requester"
+"""Of a scope: who asks, as found out on the way in. No client can set it."""
 CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's status for a client that left before its reply was complete."""
 INTERNAL_SERVER_ERROR: Final = 500
@@ -118,6 +120,7 @@ class Exchange:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.request_headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self.requester: str | None = scope.get(REQUESTER_KEY)
         self.durability = durability
         self.traces = traces
         self.traces_dropped = False
