@@ -37,9 +37,9 @@ ROOT: Final = Path(__file__).parent.parent
 OK: Final = 200
 BUFFER_BYTES: Final = 1 << 20
 TIMEOUT_SECONDS: Final = 60.0
+"""A server that takes longer to answer hangs."""
 KEEP_ALIVE_SECONDS: Final = 4.0
 """Less than uvicorn's 5: a connection that has rested for longer is made anew."""
-"""A server that takes longer to answer hangs."""
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 

@@ -21,6 +21,7 @@ ORDER: Final = (
     "memory",
     "soak",
     "growth",
+    "deployment",
     "peers",
 )
 """Of the questions; a result with another name comes behind."""

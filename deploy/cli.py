@@ -16,6 +16,8 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
 
+from deploy import commands
+from deploy.spool_commands import spool
 from inference_table.errors import TracelakeError
 
 if TYPE_CHECKING:
@@ -77,7 +79,8 @@ Examples:
   curl -d '{"question": "hi"}' -H 'content-type: application/json' localhost:8000/ask
   tracelake query "select request_time, status_code, response from payload"
   tracelake trace last
-  tracelake bench my_agent:app --request body.json""",
+  tracelake bench my_agent:app --request body.json
+  tracelake deploy my_agent:app""",
 )
 @click.option(
     "--version",
@@ -92,7 +95,7 @@ def main(debug: bool) -> None:
     """Inference tables for LLM agents: every request, response and MLflow trace is a row of a Delta table.
 
     `serve` runs an agent and records, `query` asks the table in SQL, `trace` draws one request, `bench`
-    measures what recording costs.
+    measures what recording costs; `deploy` keeps an agent running in the background, version after version.
     """
 
 
@@ -104,6 +107,7 @@ Examples:
   tracelake serve my_agent:app --durability strict       answer only what is recorded
   tracelake serve my_agent:predict
   tracelake serve models:/support-bot/3
+  tracelake serve my_agent:app --host 0.0.0.0 --api-key-file keys --admin-port 9000
 
 \b
 TARGET is module:attribute or an MLflow model, and needs no line of ours:
@@ -113,8 +117,8 @@ TARGET is module:attribute or an MLflow model, and needs no line of ours:
   models:/name/version, runs:/id/path, a folder        MLflow's scoring server, and streams
 
 \b
-Metrics are at /metrics.
-Each option is also an environment variable, INFERENCE_TABLE_DURABILITY and so on."""
+Metrics are at /metrics; with --admin-port they are there alone. Keys and limits: docs/security.md
+Each option is also an environment variable, INFERENCE_TABLE_DURABILITY, TRACELAKE_API_KEY_FILE and so on."""
 )
 @click.argument("target")
 @table_option
@@ -141,6 +145,34 @@ Each option is also an environment variable, INFERENCE_TABLE_DURABILITY and so o
     "--served-entity", metavar="NAME", help="Endpoint and version, for the column served_entity_id."
 )
 @click.option(
+    "--api-key-file",
+    metavar="FILE",
+    help="Lines `NAME KEY`: who may call the agent.  [default: whoever reaches it]",
+)
+@click.option(
+    "--max-request-bytes",
+    type=click.IntRange(1),
+    metavar="BYTES",
+    help="Larger requests get 413.  [default: 128 MiB]",
+)
+@click.option(
+    "--max-concurrency",
+    type=click.IntRange(1),
+    metavar="REQUESTS",
+    help="More at a time, in a worker, get 429.  [default: 1000]",
+)
+@click.option(
+    "--admin-port",
+    type=click.IntRange(0, 65535),
+    help="Port of its own for /metrics and /health; 0 is any free one.",
+)
+@click.option(
+    "--admin-host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address of that port, which asks for no key.",
+)
+@click.option(
     "--app-dir", default=".", show_default=True, metavar="DIR", help="Folder to import the app from."
 )
 @click.option(
@@ -157,6 +189,11 @@ def serve(
     workers: int,
     app_dir: str,
     log_level: str,
+    admin_host: str,
+    api_key_file: str | None,
+    max_request_bytes: int | None,
+    max_concurrency: int | None,
+    admin_port: int | None,
     **settings: Any,
 ) -> None:
     """Serve an agent and record every request it answers."""
@@ -167,7 +204,20 @@ def serve(
 
     given = {name: value for name, value in {"uri": table, **settings}.items() if value is not None}
     serve_target(
-        target, host=host, port=port, workers=workers, app_dir=app_dir, log_level=log_level, settings=given
+        target,
+        host=host,
+        port=port,
+        workers=workers,
+        app_dir=app_dir,
+        log_level=log_level,
+        admin_host=admin_host,
+        settings=given,
+        server_settings={
+            "api_key_file": api_key_file,
+            "max_request_bytes": max_request_bytes,
+            "max_concurrency": max_concurrency,
+            "admin_port": admin_port,
+        },
     )
 
 
@@ -412,6 +462,10 @@ def waiting(what: str) -> Iterator[None]:
 
     with Console(stderr=True).status(Text(what)):
         yield
+
+
+for command in (commands.deploy, commands.deployments, commands.logs, commands.undeploy, spool):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 ::
 
+    <home>/endpoints/.<name>.lock   held while the endpoint is changed; it outlives the endpoint's folder
     <home>/endpoints/<name>/
-        endpoint.json       what is wanted: by whom it is deployed, under `deploy.lock`
+        endpoint.json       what is wanted: by whom it is deployed, under the lock
         state.json          what is: by the supervisor (engine local), whole at each change
-        deploy.lock         held while the endpoint is changed
         supervisor.lock     held by the supervisor as long as it lives
         versions/<number>/version.json, and the frozen copy of the agent in `code` or `model`
         logs/<number>.log, logs/supervisor.log
@@ -22,6 +22,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ __all__ = [
     "home",
     "is_locked",
     "locked",
+    "write_json",
 ]
 
 HOME_VARIABLE: Final = "TRACELAKE_HOME"
@@ -108,6 +110,8 @@ class Endpoint(Document):
     """Percent per version; empty: nothing is to run."""
     generation: int = 0
     """Counts the changes; the supervisor says which one it has carried out."""
+    last_number: int = 0
+    """The highest number a version ever had: a deleted one is not given again, for rows carry it."""
     wait_seconds: float = 60.0
     """How long new workers may take to answer before the change is given up."""
     drain_seconds: float = 60.0
@@ -182,9 +186,10 @@ class EndpointFolder:
                 "letter or digit, with endpoint_name"
             )
         self.name = name
-        self.path = (root or home() / "endpoints") / name
+        root = root or home() / "endpoints"
+        self.path = root / name
         self.supervisor_lock = self.path / "supervisor.lock"
-        self.deploy_lock = self.path / "deploy.lock"
+        self.deploy_lock = root / f".{name}.lock"
         self.versions = self.path / "versions"
         self.logs = self.path / "logs"
 
@@ -192,6 +197,12 @@ class EndpointFolder:
         """Make the folders, for their owner alone."""
         for folder in (self.path, self.versions, self.logs):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def remove(self) -> None:
+        """Forget the endpoint. Nothing of it may run."""
+        # First that by which it is found: what a crash leaves here is no endpoint any more.
+        (self.path / "endpoint.json").unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def endpoint(self) -> Endpoint | None:
         document = read_json(self.path / "endpoint.json")

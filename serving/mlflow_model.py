@@ -31,7 +31,7 @@ from serving.function import AgentFunction, RequestError, is_traced, name_of
 from serving.invocation import Invocation, root_span
 from serving.json_value import to_jsonable
 
-__all__ = ["ModelApp", "app_of", "fetch_model", "load_model"]
+__all__ = ["ModelApp", "app_of", "fetch_model", "load_model", "version_of_alias"]
 
 PYFUNC: Final = "mlflow.pyfunc"
 LANGCHAIN: Final = "langchain"
@@ -174,6 +174,22 @@ def fetch_model(uri: str) -> str:
         store = mlflow.get_registry_uri() if uri.startswith("models:") else mlflow.get_tracking_uri()
         raise SettingsError(f"cannot get the model {uri!r} from {store}: {describe(error)}") from error
     return folder
+
+
+def version_of_alias(name: str, alias: str) -> str:
+    """The version of a registered model that an alias names now.
+
+    Raises:
+        SettingsError: there is none, or the registry does not answer.
+    """
+    client = full_mlflow("mlflow.tracking", f"'models:/{name}@{alias}'").MlflowClient()
+    try:
+        with little_patience():
+            return str(client.get_model_version_by_alias(name, alias).version)
+    except Exception as error:  # as above
+        raise SettingsError(
+            f"cannot find {alias!r} of the model {name!r} in {mlflow.get_registry_uri()}: {describe(error)}"
+        ) from error
 
 
 @contextmanager

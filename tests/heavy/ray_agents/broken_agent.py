@@ -1,0 +1,3 @@
+"""Fails while it is imported."""
+
+raise LookupError("the vector index is not there")
