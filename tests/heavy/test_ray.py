@@ -19,10 +19,12 @@ import httpx
 import pytest
 
 import deploy.ray as engine
+from deploy import Deployment, delete_deployment, deploy
 from deploy.registry import Endpoint, EndpointFolder, State, Version, write_json
 from inference_table.drain import drain
 from inference_table.errors import DeploymentError
 from inference_table.settings import StorageSettings
+from tests.heavy.graph_agents import write_graph
 from tests.support import ROOT, free_port, output_of, rows, wait_for
 
 pytestmark = [
@@ -361,3 +363,37 @@ def test_committed_survives_a_node_that_is_gone_with_its_spool(cluster: Cluster,
     assert load.receipts.keys() == {"committed"}
     deployed.stop()
     assert_recorded(deployed, acknowledged)
+
+
+def test_deploy_does_on_ray_what_it_does_here(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LangGraph agent, a second version, a rollback, its rows, and the end; by the same functions."""
+    monkeypatch.setenv("TRACELAKE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    table = tmp_path / "payload"
+    options: dict[str, Any] = {"engine": "ray", "ray_address": cluster.address, "port": cluster.port}
+    options |= {"ray_actor_options": {"num_cpus": 0.5}, "wait_seconds": 180, "table": table}
+    write_graph(tmp_path, "one")
+    first = deploy("graph_agent:predict", num_replicas=2, **options)
+    assert first.query_endpoint == f"http://127.0.0.1:{cluster.port}/graph_agent/invocations"
+    assert answer_of(first) == "one: why?"
+    assert first.status().state == "serving"
+    write_graph(tmp_path, "two")
+    second = deploy("graph_agent:predict", **options)
+    assert answer_of(second) == "two: why?"
+    del options["ray_actor_options"]
+    back = deploy("graph_agent:predict", version=1, **options)
+    assert answer_of(back) == "one: why?"
+    delete_deployment("graph_agent")
+    assert httpx.get(first.endpoint_url, timeout=30).status_code == 404
+    recorded = rows(table)
+    assert [row["served_entity_id"][-2:] for row in recorded] == ["/1", "/2", "/1"]
+    names = {span["name"] for span in output_of(recorded[0])["trace"]["data"]["spans"]}
+    assert {"LangGraph", "look_up"} <= names
+
+
+def answer_of(deployment: Deployment) -> str:
+    reply = httpx.post(deployment.query_endpoint, json={"question": "why?"}, timeout=60).raise_for_status()
+    answer: str = reply.json()["answer"]
+    return answer
