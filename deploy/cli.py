@@ -18,7 +18,7 @@ import click
 
 from deploy import commands
 from deploy.spool_commands import spool
-from inference_table.errors import TracelakeError
+from inference_table.errors import DeploymentError, TracelakeError
 
 if TYPE_CHECKING:
     from inference_table.table import InferenceRow, InferenceTable
@@ -42,7 +42,11 @@ class Commands(click.Group):
             from deploy.output import printable
 
             # An engine's message quotes the value that it failed on.
-            raise click.ClickException(printable(" ".join(str(error).split()))) from error
+            head, _, log = (
+                str(error).partition("\n") if isinstance(error, DeploymentError) else (error, "", "")
+            )
+            lines = [" ".join(str(head).split()), *log.splitlines()]
+            raise click.ClickException("\n".join(map(printable, lines))) from error
 
 
 def print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:

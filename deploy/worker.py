@@ -241,7 +241,10 @@ def main() -> None:
 
         app = create_app()
     except BaseException as error:  # noqa: BLE001 - whatever an agent's module raises, SystemExit too, is the reason
-        traceback.print_exc()
+        if isinstance(error, TracelakeError):
+            print(f"ERROR: {reason_of(target, error)}", file=sys.stderr)  # noqa: T201 - there is no log yet
+        else:
+            traceback.print_exc()
         send_blocking(end, {"failed": reason_of(target, error)})
         sys.exit(1)
     WorkerServer(Edge(app), end, (public, admin), watch, given.drain_seconds).run()
