@@ -26,6 +26,8 @@ __all__ = ["deploy"]
 
 KEPT_VERSIONS: Final = 10
 """Newest versions whose frozen copies are kept for a rollback; older ones go with the next deployment."""
+OF_VERSIONS: Final = frozenset({"engine", "table", "spool_dir"})
+"""What all versions of an endpoint have in common: a rollback must not change it."""
 SERVED: Final = "TRACELAKE_APP"
 """Set in the environment of what serves an agent."""
 
@@ -237,7 +239,7 @@ def changed(
     """The endpoint as asked.
 
     Raises:
-        DeploymentError: it runs, and can't be changed so while it does.
+        DeploymentError: its versions are made for something else, or it runs and can't be moved meanwhile.
     """
     result = replace(endpoint, **asked, options={**endpoint.options, **cluster})
     names = (*asked, "options")
@@ -246,13 +248,14 @@ def changed(
         name: value
         for name in names
         if (value := getattr(result, name)) != now[name]
-        and not (name == "admin_port" and value == 0 and now[name])
+        and not (name in ("port", "admin_port") and value == 0 and now[name])
     }
-    if different and endpoint.traffic and is_up(folder, endpoint):
+    made_for = OF_VERSIONS & different.keys() if folder.version_numbers() else set()
+    if made_for or (different and endpoint.traffic and is_up(folder, endpoint)):
         changes = "; ".join(f"{name} is {now[name]!r}, not {value!r}" for name, value in different.items())
+        advice = "delete it first" if made_for else "stop or delete it first"
         raise DeploymentError(
-            f"cannot deploy to {endpoint.name!r}, which runs otherwise: {changes}; stop or delete it "
-            "first, or give another endpoint_name"
+            f"cannot deploy to {endpoint.name!r}: {changes}; {advice}, or give another endpoint_name"
         )
     return replace(endpoint, **{name: getattr(result, name) for name in different})
 
