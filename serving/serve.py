@@ -21,6 +21,7 @@ from serving.admin import AdminApp
 from serving.api_keys import ApiKeyCheck, KeyFile, read_keys
 from serving.app import load_app, prepare
 from serving.exposition import MULTIPROC_VARIABLE, MetricsApp
+from serving.feedback import FeedbackApp, FeedbackRoute
 from serving.limits import Limits
 from serving.middleware import InferenceTableMiddleware
 from serving.server_settings import ADMIN_PORT_VARIABLE, PYTHON_PATH_VARIABLE, ServerSettings
@@ -244,9 +245,12 @@ class ServedApp:
         self._app: ASGIApp = InferenceTableMiddleware(
             limited, **defaults_for_key_holders() if has_keys else {}
         )
+        storage = StorageSettings.from_environ()
+        takes_feedback = has_keys if settings.feedback is None else settings.feedback
+        if takes_feedback:
+            self._app = FeedbackRoute(self._app, FeedbackApp(storage))
         if settings.api_key_file is not None:
             self._app = ApiKeyCheck(self._app, KeyFile(settings.api_key_file))
-        storage = StorageSettings.from_environ()
         self._admin_port = settings.admin_port
         self._admin = AdminApp(lambda: self._ready, storage)
         self._metrics = None if has_keys or settings.admin_port is not None else MetricsApp(storage)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Self
 
-from inference_table.settings import MIB, parse_bytes, parse_text, read_settings
+from inference_table.settings import MIB, parse_bool, parse_bytes, parse_text, read_settings
 
 __all__ = ["ADMIN_PORT_VARIABLE", "PYTHON_PATH_VARIABLE", "ServerSettings"]
 
@@ -14,7 +14,7 @@ ENV_PREFIX: Final = "TRACELAKE_"
 ADMIN_PORT_VARIABLE: Final = ENV_PREFIX + "ADMIN_PORT"
 PYTHON_PATH_VARIABLE: Final = ENV_PREFIX + "PYTHON_PATH"
 """The agent's folders, for the Python path of what serves it. Not PYTHONPATH, nor the path of a process that
-starts others: a folder of the agent's that is called ``deploy`` or ``serving`` would take the place of ours."""
+starts others: a folder of the agent's called ``deploy`` or ``serving`` would take the place of ours."""
 
 
 def parse_count(text: str) -> int:
@@ -56,6 +56,10 @@ class ServerSettings:
     admin_port: int | None = field(default=None, metadata=env("ADMIN_PORT", parse_port))
     """Port of 127.0.0.1 for ``/metrics`` and ``/health``; 0 for any free one. None: ``/metrics`` is on the
     agent's port, unless there are API keys."""
+
+    feedback: bool | None = field(default=None, metadata=env("FEEDBACK", parse_bool))
+    """Whether ``POST /feedback`` takes what users say of answers: see :mod:`serving.feedback`. It lets
+    clients write to a table. None: where there are API keys."""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
