@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from inference_table.errors import SegmentError, SpoolError, TableNotFoundError
 from inference_table.result import python_rows
-from inference_table.scan import Snapshot, open_snapshot
+from inference_table.scan import NewestSnapshot, Snapshot
 from inference_table.schema import SCHEMA
 from inference_table.settings import StorageSettings
 from inference_table.spool import folders, spool_root
@@ -47,24 +47,26 @@ class View:
         return found + (python_rows(self.snapshot.rows(column, values)) if self.snapshot else [])
 
 
-def open_view(settings: StorageSettings, pending: bool) -> View:
-    """What a read sees now.
+def open_view(settings: StorageSettings, pending: bool, newest: NewestSnapshot | None = None) -> View:
+    """What a read sees now; ``newest`` spares opening the table anew where it has not changed.
 
     Raises:
         TableNotFoundError: there is neither a table nor, with ``pending``, a row for it.
         TableError: the table can't be reached or read.
         SpoolError: the spool can't be read.
     """
+    newest = newest or NewestSnapshot(settings)
     if not pending:
-        return View(open_snapshot(settings), SCHEMA.empty_table())
+        return View(newest.open(), SCHEMA.empty_table())
     segments = open_segments(settings)
     try:
-        snapshot = open_snapshot(settings)
+        snapshot = newest.open()
     except TableNotFoundError:
         if not segments:
             raise
         snapshot = None
-    committed = {spool_id: snapshot.committed(spool_id) if snapshot else 0 for spool_id, _ in segments}
+    spool_ids = {spool_id for spool_id, _ in segments}
+    committed = {spool_id: snapshot.committed(spool_id) if snapshot else 0 for spool_id in spool_ids}
     fresh = [rows for (spool_id, sequence), rows in segments.items() if sequence > committed[spool_id]]
     return View(snapshot, pa.concat_tables([SCHEMA.empty_table(), *fresh]))
 

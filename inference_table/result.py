@@ -88,9 +88,17 @@ class QueryResult:
 
         with duckdb.connect() as connection:
             box = repr(connection.from_arrow(self._table)).rstrip() if self.columns else ""
+        return f"{box}\n{len(self):,} rows, {self._source()}".lstrip()
+
+    def _repr_html_(self) -> str:
+        """The first rows, for notebooks."""
+        from inference_table.notebook import result_html
+
+        return result_html(self._table, self._source())
+
+    def _source(self) -> str:
         source = "no table yet" if self.version is None else f"table version {self.version}"
-        pending = f", {self.pending_rows:,} pending rows" if self.pending_rows else ""
-        return f"{box}\n{len(self):,} rows, {source}{pending}".lstrip()
+        return source + (f", {self.pending_rows:,} pending rows" if self.pending_rows else "")
 
 
 def python_rows(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:

@@ -9,11 +9,13 @@ a file lacks is null. Partition values are read from folder names, which DuckDB 
 """
 
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -26,7 +28,7 @@ from deltalake.exceptions import TableNotFoundError as DeltaTableNotFoundError
 from inference_table.errors import TableError, TableNotFoundError, TableSchemaError
 from inference_table.settings import StorageSettings
 
-__all__ = ["Snapshot", "literal", "one_line", "open_snapshot", "quoted"]
+__all__ = ["NewestSnapshot", "Snapshot", "literal", "one_line", "open_snapshot", "quoted"]
 
 STORE: Final = "tracelake://"
 """Scheme of the paths that DuckDB hands back to us."""
@@ -35,6 +37,10 @@ GLOB: Final = re.compile(r"[*?\[]")
 NULL_FOLDER: Final = "__HIVE_DEFAULT_PARTITION__"
 MAX_MESSAGE: Final = 400
 """Characters of an engine's message: some quote the payload they failed on."""
+LAST_REQUEST: Final = "max.request_time"
+"""In the log's statistics of a file."""
+SETTLED_NS: Final = 50_000_000
+"""Age of a log from which on its files' times tell it from another one written at the same place."""
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -146,12 +152,13 @@ class Snapshot:
         empty = connection.from_arrow(self.schema.empty_table())
         types = dict(zip(empty.columns, map(str, empty.types), strict=True))
         if self.in_place:
-            yield files_sql(self._local_files(), types, self._partitions)
+            yield files_sql(self._newest_first(self._local_files()), types, self._partitions)
             return
         files = store_files(self)
         connection.register_filesystem(files)
         try:
-            yield files_sql([STORE + path for path in files.sizes], types, self._partitions)
+            paths = [STORE + path for path in self._newest_first(files.sizes)]
+            yield files_sql(paths, types, self._partitions)
         finally:
             # The connection and its file system hold each other: without this they outlive the interpreter.
             connection.unregister_filesystem(STORE.removesuffix("://"))
@@ -164,9 +171,68 @@ class Snapshot:
             folder + uri.removeprefix(root) if uri.startswith(root) else uri for uri in self.table.file_uris()
         ]
 
+    def _newest_first(self, paths: Iterable[str]) -> list[str]:
+        """Data files by the time of their last request: a limit on the newest leaves the others unread.
+
+        DuckDB compares the statistics of a file with the rows that it has found in those before.
+        """
+        actions = pa.table(self.table.get_add_actions(flatten=True))
+        if LAST_REQUEST not in actions.column_names:
+            return list(paths)
+        times = actions[LAST_REQUEST]
+        if not pa.types.is_timestamp(times.type):
+            return list(paths)
+        names = (unquote(path).rpartition("/")[2] for path in actions["path"].to_pylist())
+        last = dict(zip(names, times.cast(pa.int64()).to_pylist(), strict=True))
+        return sorted(paths, key=lambda path: last.get(path.rpartition("/")[2]) or 0, reverse=True)
+
     @property
     def _partitions(self) -> list[str]:
         return list(self.table.metadata().partition_columns)
+
+
+class NewestSnapshot:
+    """The newest version of a table, opened again only once it has changed. Calls may come from many threads.
+
+    Opening one replays its log, which takes as long as looking up a row. Two files of a local table's log say
+    whether the version at hand is the newest still; a store is asked each time.
+    """
+
+    def __init__(self, settings: StorageSettings) -> None:
+        self._settings = settings
+        self._kept: tuple[Snapshot, object] | None = None
+
+    def open(self) -> Snapshot:
+        """The newest version; raises as :func:`open_snapshot`."""
+        kept = self._kept
+        if kept is not None and self._state(kept[0].version) == kept[1]:
+            return kept[0]
+        started = time.time_ns()
+        snapshot = open_snapshot(self._settings)
+        state = self._state(snapshot.version)
+        # A log that is younger may have been replaced since it was read.
+        settled = state is not None and max(mtime for _, mtime in state) < started - SETTLED_NS
+        self._kept = (snapshot, state) if settled else None
+        return snapshot
+
+    def _state(self, version: int) -> list[tuple[int, int]] | None:
+        """What changes with every change of the log; None where it has a later version, or can't be told."""
+        if not self._settings.is_local:
+            return None
+        log = self._settings.local_path / "_delta_log"
+        # Before a commit's file is deleted a checkpoint of a later one is written, so one of the two changes.
+        commit, later = stamp(log / f"{version:020d}.json"), stamp(log / f"{version + 1:020d}.json")
+        checkpoint = stamp(log / "_last_checkpoint")
+        return None if commit is None or later is not None else [commit, checkpoint or (0, 0)]
+
+
+def stamp(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another of the same name: its number and time; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def files_sql(paths: Iterable[str], types: Mapping[str, str], partitions: Sequence[str]) -> str:

@@ -11,22 +11,29 @@ import duckdb
 import pyarrow as pa
 from deltalake.exceptions import DeltaError
 
+from inference_table.annotations import AnnotationLog
 from inference_table.errors import QueryError, TableError
 from inference_table.pending import View, open_view
 from inference_table.result import QueryResult
-from inference_table.scan import one_line, quoted
+from inference_table.scan import NewestSnapshot, one_line, quoted
 from inference_table.settings import StorageSettings
+from inference_table.views import FEEDBACK, FEEDBACK_SQL, VIEWS, named_views
 
 if TYPE_CHECKING:
     import pandas as pd
     import polars as pl
     from mlflow.entities import Trace
 
+    from inference_table.golden import GoldenSet
+
 __all__ = ["InferenceRow", "InferenceTable"]
 
 TABLE_NAME: Final = "payload"
 """What queries call the table: the suffix of Databricks' inference tables."""
 PENDING: Final = "pending_rows"
+ANNOTATIONS: Final = "annotation_rows"
+VIEW_SCHEMA: Final = "tracelake"
+"""Behind DuckDB's own schemas, so that what a query creates goes before a view of the same name."""
 TRACE_PREFIX: Final = "tr-"
 
 DUCKDB_CONFIG: Final[dict[str, str | bool | int | float | list[str]]] = {
@@ -55,6 +62,18 @@ class InferenceRow(dict[str, Any]):
         """Further root traces of the same request, in the order they started."""
         traces = (to_trace(trace) for trace in self._output().get("other_traces") or [])
         return [trace for trace in traces if trace is not None]
+
+    def _repr_html_(self) -> str:
+        """The request and the trees of its traces, for notebooks."""
+        from inference_table.notebook import row_html
+
+        return row_html(self)
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        # IPython's text, of which a notebook would keep the whole dictionary beside the HTML.
+        from inference_table.notebook import row_text
+
+        printer.text(row_text(self))
 
     def _output(self) -> dict[str, Any]:
         try:
@@ -110,6 +129,8 @@ class InferenceTable:
         self._settings = StorageSettings.from_environ(
             uri=uri, storage_options=storage_options, spool_dir=spool_dir
         )
+        self._newest = NewestSnapshot(self._settings)
+        self._annotations = AnnotationLog(self._settings)
 
     @property
     def uri(self) -> str:
@@ -144,6 +165,10 @@ class InferenceTable:
         parameters: Sequence[Any] | Mapping[str, Any] | None = None,
     ) -> QueryResult:
         """Run DuckDB's SQL over the table, which is called ``payload`` (its own folder's name works too).
+
+        Beside it are views: ``requests`` (a typed row per request, with question and answer as text),
+        ``spans`` (a row per span), ``model_usage`` (tokens and cost per model, served entity and day) and
+        ``feedback`` (what people and judges said); their columns are in ``docs/sql.md``.
 
         JSON functions work on ``request`` and ``response``:
         ``select response->>'$.choices[0].message.content' from payload``. A condition on ``request_date``
@@ -213,6 +238,23 @@ class InferenceTable:
         traces = (row.trace() for row in self.newest(limit, where=having, pending=pending))
         return [trace for trace in traces if trace is not None]
 
+    def golden(
+        self,
+        where_or_sql: str,
+        *,
+        limit: int | None = None,
+        unique: bool = False,
+        pending: bool = False,
+        parameters: Sequence[Any] | Mapping[str, Any] | None = None,
+    ) -> "GoldenSet":
+        """Chosen requests, with what people said of them, as evaluation data: pandas, JSONL, MLflow.
+
+        Arguments and errors are those of :func:`inference_table.golden.golden`.
+        """
+        from inference_table.golden import golden
+
+        return golden(self, where_or_sql, limit=limit, unique=unique, pending=pending, parameters=parameters)
+
     def count(self, where: str | None = None, *, pending: bool = False) -> int:
         """Number of rows."""
         counted = self._run(self._view(pending), f"select count(*) as n from payload{where_sql(where)}")
@@ -247,12 +289,12 @@ class InferenceTable:
         return f"InferenceTable({self.uri!r})"
 
     def _view(self, pending: bool = False) -> View:
-        return open_view(self._settings, pending)
+        return open_view(self._settings, pending, self._newest)
 
     def _run(self, view: View, sql: str, parameters: Any = None) -> pa.Table:
         if not sql.strip():
             raise QueryError("cannot run the query: it is empty")
-        with self._attached(view) as connection:
+        with self._attached(view, sql) as connection:
             try:
                 relation = connection.sql(sql, params=parameters)
                 # Not its truth: that is its length, for which DuckDB runs the query once more.
@@ -261,13 +303,14 @@ class InferenceTable:
                 raise QueryError(f"cannot run the query: {one_line(error)}") from error
 
     @contextmanager
-    def _attached(self, view: View) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A database of its own in which ``payload`` is what ``view`` sees."""
+    def _attached(self, view: View, sql: str) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A database of its own: ``payload`` is what ``view`` sees, and beside it the views ``sql`` names."""
         with connect() as connection, ExitStack() as stack:
             try:
                 snapshot = view.snapshot
                 committed = stack.enter_context(snapshot.source(connection)) if snapshot else None
                 self._name(connection, view, committed)
+                self._add_views(connection, named_views(sql))
             except (duckdb.Error, DeltaError, OSError) as error:
                 raise TableError(
                     f"cannot read the table '{self.uri}': {one_line(error)}; try again, and see whether its "
@@ -282,8 +325,19 @@ class InferenceTable:
             sources.append(f"select * from {PENDING}")
         connection.execute(f"create temp view {TABLE_NAME} as {' union all by name '.join(sources)}")
         folder = self.uri.rpartition("/")[2]
-        if folder.lower() not in ("", TABLE_NAME, PENDING):
+        if folder.lower() not in ("", TABLE_NAME, PENDING, ANNOTATIONS, *VIEWS, FEEDBACK):
             connection.execute(f"create temp view {quoted(folder)} as select * from {TABLE_NAME}")
+
+    def _add_views(self, connection: duckdb.DuckDBPyConnection, names: Sequence[str]) -> None:
+        if not names:
+            return
+        statements = [f"create view {VIEW_SCHEMA}.{name} as {VIEWS[name]}" for name in names if name in VIEWS]
+        if FEEDBACK in names:
+            connection.register(ANNOTATIONS, self._annotations.read(kind="assessment"))
+            statements.append(f"create view {VIEW_SCHEMA}.{FEEDBACK} as {FEEDBACK_SQL.format(ANNOTATIONS)}")
+        connection.execute(
+            f"create schema {VIEW_SCHEMA}; {'; '.join(statements)}; set search_path = 'main,{VIEW_SCHEMA}'"
+        )
 
 
 def connect() -> duckdb.DuckDBPyConnection:
