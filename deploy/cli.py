@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
 
-from deploy import commands
+from deploy import commands, review_commands
 from deploy.spool_commands import spool
 from inference_table.errors import DeploymentError, TracelakeError
 
@@ -99,7 +99,8 @@ def main(debug: bool) -> None:
     """Inference tables for LLM agents: every request, response and MLflow trace is a row of a Delta table.
 
     `serve` runs an agent and records, `query` asks the table in SQL, `trace` draws one request, `bench`
-    measures what recording costs; `deploy` keeps an agent running in the background, version after version.
+    measures what recording costs; `deploy` keeps an agent running in the background, version after version;
+    `replay` asks another version what was asked before, `top` watches the traffic.
     """
 
 
@@ -287,8 +288,21 @@ The id is the reply's header x-databricks-request-id (column databricks_request_
 @spool_option
 @click.option("--where", metavar="SQL", help="With `last`: the newest request that meets this condition.")
 @click.option("--full", is_flag=True, help="Show inputs, outputs and stack traces whole.")
+@click.option(
+    "--html",
+    "html_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write MLflow's viewer with the traces in it, one file that opens offline (extra `ui`).",
+)
 def trace(
-    id_: str, table: str | None, pending: bool, spool_dir: str | None, where: str | None, full: bool
+    id_: str,
+    table: str | None,
+    pending: bool,
+    spool_dir: str | None,
+    where: str | None,
+    full: bool,
+    html_file: Path | None,
 ) -> None:
     """Draw one request: its spans, how long they took, what went in and out, and what failed.
 
@@ -299,7 +313,13 @@ def trace(
     source = open_table(table, spool_dir)
     with waiting(f"reading {source.uri}"):
         row = find_row(source, id_, where, pending)
-    print_request(row, full)
+    if html_file is None:
+        print_request(row, full)
+        return
+    from deploy.trace_html import write_page
+
+    write_page(row, html_file)
+    click.echo(f"wrote {html_file}: it opens offline", err=True)
 
 
 def pair_of(separator: str) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], dict[str, str]]:
@@ -468,6 +488,8 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
+for command in (review_commands.replay, review_commands.top):
+    main.add_command(command)
 for command in (commands.deploy, commands.deployments, commands.logs, commands.undeploy, spool):
     main.add_command(command)
 

@@ -34,6 +34,8 @@ METADATA_HEADERS: Final = {
     b"x-request-id": "x-request-id",
     b"traceparent": "traceparent",
     b"user-agent": "user-agent",
+    b"x-tracelake-replay-of": "replay_of",
+    b"x-tracelake-replay-run": "replay_run",
 }
 """Request headers kept in ``request_metadata``. Never Authorization or Cookie."""
 ENCODE_TRACE: Final = Border("encode_trace")
