@@ -1,0 +1,229 @@
+"""The command ``tracelake ui``: MLflow's own server on an inference table.
+
+The server is a child in a session of its own, so that it ends with all its workers when we are told to end.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+import click
+
+from inference_table.errors import TracelakeError
+from inference_table.mlflow_location import StoreLocation, store_location, store_uri
+from inference_table.scan import open_snapshot
+from inference_table.settings import StorageSettings
+
+__all__ = ["ui"]
+
+USUAL_PORT: Final = 5000
+"""MLflow's."""
+START_SECONDS: Final = 180.0
+"""It imports most of MLflow, several times, and makes its database at the first start."""
+STOP_SECONDS: Final = 10.0
+"""What a server may take to end that was told to."""
+POLL_SECONDS: Final = 0.1
+ALWAYS: Final[Mapping[str, str]] = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # It takes a database, which a table is not; without this the server warns of it at each start.
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+}
+"""Of the server's environment, unless the user has set it."""
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  tracelake ui
+  tracelake ui --table s3://bucket/agents/payload
+  tracelake ui --app-name basic-auth --host 0.0.0.0
+
+\b
+It is MLflow's own server: `mlflow.set_tracking_uri("http://127.0.0.1:5000")` works too, and with
+`export MLFLOW_TRACKING_URI=inference-table:///path/to/payload` no server is needed. Docs: docs/ui.md"""
+)
+@click.option(
+    "--table",
+    metavar="URI",
+    help="Delta table.  [default: INFERENCE_TABLE_URI, else ./tracelake-data/payload]",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help="Port to listen on.  [default: 5000, else any free one]"
+)
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Server processes.")
+@click.option(
+    "--state-dir",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Where experiments, runs and prompts are kept.  [default: beside a local table, else "
+    "~/.local/state/tracelake/mlflow]",
+)
+@click.option("--app-name", metavar="NAME", help="MLflow's app to serve, such as basic-auth.")
+@click.option(
+    "--allowed-hosts", metavar="HOSTS", help="Host headers to answer, where it is not reached as localhost."
+)
+def ui(
+    table: str | None,
+    host: str,
+    port: int | None,
+    workers: int,
+    state_dir: str | None,
+    app_name: str | None,
+    allowed_hosts: str | None,
+) -> None:
+    """Show the table in MLflow's UI: traces, sessions, charts, feedback, evaluation."""
+    check_extra(app_name)
+    settings = StorageSettings.from_environ(uri=table)
+    open_snapshot(settings)
+    uri = store_uri(settings, state_dir)
+    location = store_location(uri)
+    chosen = free_port(host) if port is None else checked_port(host, port)
+    options = {"--app-name": app_name, "--allowed-hosts": allowed_hosts}
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri),
+        *("--host", host, "--port", str(chosen), "--workers", str(workers)),
+        *("--artifacts-destination", str(location.artifacts)),
+        *(text for name, value in options.items() if value for text in (name, value)),
+    ]
+    click.echo(f"starting MLflow {version('mlflow')} on {settings.absolute_uri} ...", err=True)
+    with server(command) as process:
+        wait_until_up(process, f"http://{reached_at(host)}:{chosen}")
+        click.echo(page(location, host, chosen))
+        code = process.wait()
+    if code:
+        raise TracelakeError(f"MLflow's server ended with {code}; what it wrote says why")
+
+
+def check_extra(app_name: str | None) -> None:
+    """Check that the whole of MLflow is there.
+
+    Raises:
+        TracelakeError: it isn't.
+    """
+    try:
+        version("mlflow")
+    except PackageNotFoundError:
+        raise TracelakeError(
+            "cannot start MLflow's UI: only MLflow's light SDK is installed; pip install 'tracelake[ui]'"
+        ) from None
+    if app_name == "basic-auth":
+        try:
+            version("Flask-WTF")
+        except PackageNotFoundError:
+            raise TracelakeError(
+                "cannot start MLflow's UI with basic-auth: pip install 'mlflow[auth]'"
+            ) from None
+
+
+@contextlib.contextmanager
+def server(command: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """The server as a child, which has ended with its workers when this has, whatever ended it."""
+    environment = {**ALWAYS, **os.environ}
+    stopping = [signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)]
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL)
+    try:
+        yield process
+    except Stopped:
+        click.echo("stopped", err=True)
+        raise SystemExit(0) from None
+    finally:
+        # Once more would leave the workers behind.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        end(process)
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), stopping, strict=True):
+            signal.signal(number, handler)
+
+
+class Stopped(BaseException):
+    """We were told to end."""
+
+
+def leave(*_: object) -> None:
+    raise Stopped
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+
+
+def wait_until_up(process: "subprocess.Popen[bytes]", url: str) -> None:
+    """Return once the server answers.
+
+    Raises:
+        TracelakeError: it has ended, or answers nothing.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while not answers(url):
+        if process.poll() is not None:
+            raise TracelakeError(
+                f"MLflow's server ended with {process.returncode} before it answered; what it wrote says why"
+            )
+        if time.monotonic() > deadline:
+            raise TracelakeError(f"MLflow's server did not answer at {url} within {START_SECONDS:g} s")
+        time.sleep(POLL_SECONDS)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
+            return bool(reply.status == 200)
+    except urllib.error.HTTPError:
+        # It is there, and asks who we are.
+        return True
+    except OSError:
+        return False
+
+
+def reached_at(host: str) -> str:
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def page(location: StoreLocation, host: str, port: int) -> str:
+    return f"http://{reached_at(host)}:{port}/#/experiments/{location.experiment_id}/traces"
+
+
+def free_port(host: str) -> int:
+    """MLflow's usual port where it is free, else another."""
+    try:
+        return bound_port(host, USUAL_PORT)
+    except OSError:
+        return any_port(host)
+
+
+def any_port(host: str) -> int:
+    return checked_port(host, 0)
+
+
+def checked_port(host: str, port: int) -> int:
+    try:
+        return bound_port(host, port)
+    except OSError as error:
+        raise TracelakeError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; give another --port or --host"
+        ) from error
+
+
+def bound_port(host: str, port: int) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        number: int = probe.getsockname()[1]
+        return number
