@@ -8,7 +8,7 @@ It starts without taking a connection and sends ``ready``, or ``failed`` with th
 - ``adopt``: answer the connection that comes with the message.
 - ``drain``: release, answer what there is, flush and end.
 
-Where the channel ends, the supervisor has died: the worker drains. SIGTERM is uvicorn's graceful shutdown.
+Where the channel ends, the supervisor has died: the worker drains. SIGTERM does the same.
 """
 
 import argparse
@@ -40,6 +40,8 @@ FLUSH_SECONDS: Final = 30.0
 """As in ``deploy.process``, where the reason is."""
 FAREWELL_SECONDS: Final = 2.0
 """How long a worker that leaves waits for its supervisor to hand it no more."""
+IDLE_SECONDS: Final = 1.0
+"""When a worker that ends unasked closes connections that rest."""
 QUIET_CHECKS: Final = 3
 """A connection that was just accepted isn't counted yet: it is quiet when nothing is seen so many times."""
 CHECK_SECONDS: Final = 0.05
@@ -78,6 +80,7 @@ class WorkerServer(uvicorn.Server):
         self._commands: asyncio.Queue[Message] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._left = asyncio.Event()
+        self._is_drained = False
         self._channel: Channel | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - uvicorn's
@@ -109,7 +112,9 @@ class WorkerServer(uvicorn.Server):
 
     def _on_end(self) -> None:
         self._left.set()
-        self._commands.put_nowait({"do": "drain", "seconds": self._drain_seconds, "idle_seconds": 1.0})
+        self._commands.put_nowait(
+            {"do": "drain", "seconds": self._drain_seconds, "idle_seconds": IDLE_SECONDS}
+        )
 
     async def _obey(self) -> None:
         while True:
@@ -157,7 +162,7 @@ class WorkerServer(uvicorn.Server):
     async def _drain(self, seconds: float, idle_seconds: float) -> None:
         self._stop_taking()
         begun, quiet = time.monotonic(), 0
-        while quiet < QUIET_CHECKS and (passed := time.monotonic() - begun) < seconds:
+        while quiet < QUIET_CHECKS and (passed := time.monotonic() - begun) < seconds and not self.force_exit:
             if passed >= idle_seconds:
                 self._close_idle()
             # The task that runs this is one.
@@ -165,7 +170,7 @@ class WorkerServer(uvicorn.Server):
             quiet = 0 if is_busy else quiet + 1
             await asyncio.sleep(CHECK_SECONDS)
         self.config.timeout_graceful_shutdown = GRACE_SECONDS
-        self.should_exit = True
+        self._is_drained = self.should_exit = True
 
     def _stop_taking(self) -> None:
         self._release()
@@ -187,7 +192,10 @@ class WorkerServer(uvicorn.Server):
             self._channel.send({"leaving": True})
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._left.wait(), FAREWELL_SECONDS)
-        self._edge.closing = True
+        if (
+            not self._is_drained
+        ):  # it was sent a signal: uvicorn alone would reset connections that it just took
+            await self._drain(self._drain_seconds, IDLE_SECONDS)
         await super().shutdown(sockets)
 
 
