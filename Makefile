@@ -50,7 +50,7 @@ format: $(VENV)/.lint
 
 # Each is a module of its own too: `.venv/bin/python -m benchmarks.agent_call`.
 BENCHMARKS := agent_call added_latency durability neighbour requests_per_second throughput freshness memory growth \
-	deployment
+	query deployment
 
 bench: $(VENV)/.bench  ## all benchmarks but soak and peers: about 20 minutes on a quiet machine
 	@set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done

@@ -21,6 +21,7 @@ ORDER: Final = (
     "memory",
     "soak",
     "growth",
+    "query",
     "deployment",
     "peers",
 )

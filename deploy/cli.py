@@ -233,11 +233,17 @@ Examples:
   tracelake query "select response->>'$.choices[0].message.content' from payload
                    where request_date = current_date limit 10"
   tracelake query "from payload where trace_state = 'ERROR'" | jq .trace_id
+  tracelake query "select last_user_message, answer, error from requests order by request_time desc limit 10"
+  tracelake query "select name, duration_ms from spans where type = 'TOOL'
+                   and request_date = current_date order by 2 desc limit 10"
+  tracelake query "from model_usage where request_date = current_date"
   echo "select count(*) from payload" | tracelake query -
 
 \b
 The SQL is DuckDB's: https://duckdb.org/docs/sql/introduction. request and response are JSON text.
-Name a request_date and whole days are left unread; leave out response and none of it is read."""
+Name a request_date and whole days are left unread; leave out response and none of it is read.
+Columns of the views, and queries to start from: docs/sql.md. error, answer and all of spans read
+response: name a request_date with them."""
 )
 @click.argument("sql")
 @table_option
@@ -250,7 +256,10 @@ Name a request_date and whole days are left unread; leave out response and none 
     help="json is one object per line.  [default: table on a terminal, else json]",
 )
 def query(sql: str, table: str | None, pending: bool, spool_dir: str | None, style: str | None) -> None:
-    """Ask the table, which is called payload, in SQL. With - the SQL is read from standard input."""
+    """Ask the table in SQL: payload, and the views requests, spans, model_usage and feedback.
+
+    With - the SQL is read from standard input.
+    """
     from deploy.output import write_result
 
     text = sys.stdin.read() if sql == "-" else sql
