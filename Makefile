@@ -15,7 +15,7 @@ MLFLOW_VERSIONS := 3.15.0 3.17.2
 MLFLOW := $(lastword $(MLFLOW_VERSIONS))
 MLFLOW_TESTS := $(MLFLOW_VERSIONS:%=test-mlflow-%)
 
-.PHONY: demo test test-all test-heavy test-mlflow-matrix $(MLFLOW_TESTS) test-traces lint format \
+.PHONY: demo test test-all test-heavy setup-browser test-mlflow-matrix $(MLFLOW_TESTS) test-traces lint format \
 	bench bench-quick bench-soak bench-peers clean
 
 demo: $(VENV)/.demo  ## serve a real agent, send real requests, look at the table
@@ -28,8 +28,14 @@ test: $(VENV)/.test  ## the core tests: a few minutes
 test-all:  ## the tests that take long or need the heavy extras
 	@$(MAKE) --no-print-directory VENV=.venv-all test-heavy
 
-test-heavy: $(VENV)/.test-all
+test-heavy: $(VENV)/.test-all setup-browser
 	$(BIN)/pytest -m heavy $(PARALLEL)
+
+# Tests that need it are skipped where it is not.
+setup-browser:  ## Debian's Chromium, which the tests of pages drive
+	@command -v chromium >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium; } || \
+		echo "the tests in a browser are skipped: install Debian's package chromium"
 
 test-mlflow-matrix: $(MLFLOW_TESTS)  ## the tests of traces, with the lowest and the newest MLflow
 

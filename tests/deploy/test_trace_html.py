@@ -21,6 +21,7 @@ from tests.deploy.agents import QUESTION, failing, record, support
 from tests.inference_table.rows import batch
 from tests.support import ROOT
 
+CHROMIUM = Path("/usr/bin/chromium")
 HAS_VIEWER = find_spec("mlflow.server") is not None
 HOSTILE = (
     "</script><script>window.HACKED=1</script><!--<script>",
@@ -130,6 +131,7 @@ def test_a_viewer_of_another_build_is_refused(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.heavy
 @pytest.mark.skipif(not HAS_VIEWER, reason="needs the whole of MLflow")
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs a browser: make setup-browser")
 def test_the_file_opens_offline_and_nothing_in_it_runs(table: str, tmp_path: Path) -> None:
     """In a browser without network each trace is drawn, nothing is asked for, and no text is a script."""
     playwright = pytest.importorskip("playwright.sync_api")
@@ -140,7 +142,7 @@ def test_the_file_opens_offline_and_nothing_in_it_runs(table: str, tmp_path: Pat
     requests: list[str] = []
     problems: list[str] = []
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_context(offline=True, viewport={"width": 1300, "height": 800}).new_page()
         page.on("request", lambda request: requests.append(request.url))
         page.on("console", lambda message: problems.append(message.text))

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.heavy.ray_nodes import add_node
+
 STORE_BYTES = 80_000_000
 
 
@@ -27,7 +29,7 @@ def main(folder: Path, port: int) -> None:
         for line in sys.stdin:
             _, name, cpus = line.split()
             environment = {"TRACELAKE_HOME": str(folder / name)}
-            node = cluster.add_node(num_cpus=int(cpus), env_vars=environment, **common)
+            node = add_node(cluster, num_cpus=int(cpus), env_vars=environment, **common)
             say(str(node.all_processes["raylet"][0].process.pid))
     finally:
         cluster.shutdown()

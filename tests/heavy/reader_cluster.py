@@ -8,6 +8,7 @@ import json
 import sys
 from typing import Any
 
+from tests.heavy.ray_nodes import add_node
 from tests.inference_table.readers_guide import CLUSTER, SNIPPETS, run
 
 STORE_BYTES = 80_000_000
@@ -23,7 +24,7 @@ def main(uris: list[str]) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **common})
     try:
         for _ in range(2):
-            cluster.add_node(num_cpus=1, **common)
+            add_node(cluster, num_cpus=1, **common)
         ray.init(cluster.address, log_to_driver=False)
         daft.set_runner_ray(cluster.address)
         for uri in uris:

@@ -24,6 +24,8 @@ pytest.importorskip("mlflow.server", reason="needs the extra `heavy`: make test-
 
 import mlflow  # noqa: E402 - not without the package
 from mlflow.entities import Trace  # noqa: E402
+from mlflow.tracing.provider import provider as tracer_provider  # noqa: E402
+from mlflow.tracing.utils.once import Once  # noqa: E402
 
 AGENT = "tests.heavy.endpoint_agent:app"
 MESSAGES = [{"role": "user", "content": "What is Delta?"}]
@@ -46,6 +48,9 @@ def experiment(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     mlflow.set_tracking_uri(uri)
+    # This is the client's process, as far as these tests go: others before may have had our provider in it.
+    for name in ("_isolated_tracer_provider_once", "_global_provider_init_once"):
+        monkeypatch.setattr(tracer_provider, name, Once())
     mlflow.tracing.reset()
     yield uri
     mlflow.set_tracking_uri(None)

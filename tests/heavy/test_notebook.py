@@ -64,6 +64,7 @@ def test_cells_show_html(outputs: list[dict[str, Any]]) -> None:
     assert "<script" not in row["text/html"] + result["text/html"]
 
 
+@pytest.mark.skipif(not Path("/usr/bin/chromium").exists(), reason="needs a browser: make setup-browser")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_draws_it(outputs: list[dict[str, Any]], scheme: str, tmp_path: Path) -> None:
     """Spans fold with those below them, long values unfold, on a light and on a dark page."""

@@ -30,7 +30,7 @@ from tests.support import ROOT, free_port, output_of, rows, wait_for
 pytestmark = [
     pytest.mark.heavy,
     # A second process with tests of this file waits until the first has stopped its cluster.
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
 ]
 
 pytest.importorskip("ray.serve", reason="needs the extra `heavy`: make test-all")

@@ -1,6 +1,7 @@
 """Other readers on a table in an S3-compatible store, and distributed engines on a local cluster."""
 
 import contextlib
+import fcntl
 import json
 import signal
 import socket
@@ -16,7 +17,7 @@ from inference_table.settings import StorageSettings
 from tests.inference_table.readers_guide import CLUSTER, EXPECTED, SNIPPETS, SQL_FRAME, fill, run
 from tests.support import Process, free_port, wait_for
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
 boto3 = pytest.importorskip("boto3")
 pytest.importorskip("daft")
 pytest.importorskip("ray.data")
@@ -92,11 +93,14 @@ def test_distributed_engines_read_on_a_cluster(tables: Tables, tmp_path: Path) -
     """Daft and Ray Data on the nodes of a local Ray cluster find the same rows in a folder and in a store."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.heavy.reader_cluster", tables.local, REMOTE]
     environment = {**tables.environment, "RAY_USAGE_STATS_ENABLED": "0"}
-    cluster = Process(command, environment, tmp_path / "log")
-    try:
-        code = cluster.popen.wait(400)
-    finally:
-        stop(cluster)
+    # One cluster at a time: test_ray.py has another, and both are slow to start side by side.
+    with (tmp_path.parent.parent / "ray.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cluster = Process(command, environment, tmp_path / "log")
+        try:
+            code = cluster.popen.wait(400)
+        finally:
+            stop(cluster)
     log = (tmp_path / "log").read_text(encoding="utf-8", errors="replace")
     assert code == 0, log[-5000:]
     *found, nodes = [json.loads(line[2:]) for line in log.splitlines() if line.startswith("> ")]
