@@ -12,7 +12,7 @@ def add_node(cluster: Any, **options: Any) -> Any:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return cluster.add_node(**options)
-        except Exception as error:  # noqa: BLE001 - Ray raises nothing narrower
+        except Exception as error:  # Ray raises nothing narrower
             if "timed out during startup" not in str(error) or attempt == ATTEMPTS:
                 raise
     raise AssertionError
