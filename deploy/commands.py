@@ -148,8 +148,6 @@ def deploy(
         return
     from deploy.launch import deploy as launch
 
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, "")
     deployment = launch(agent, environment_vars=env, tags=tag, **options)
     click.echo(f"{deployment.served_entity_name} answers at {deployment.query_endpoint}", err=True)
     click.echo(f"table {deployment.table}", err=True)

@@ -94,7 +94,7 @@ def deploy(
         durability: ``"relaxed"``, ``"strict"`` or ``"committed"``.
         api_key_file: requests need one of these keys; see ``docs/security.md``.
         admin_port: port of 127.0.0.1 for ``/metrics`` and ``/health``, 0 for any free one. None: with an
-            ``api_key_file`` any free one, else they're on ``port``.
+            ``api_key_file`` any free one, else ``/metrics`` is on ``port``.
         max_request_bytes: larger requests are answered 413; 128 MiB by default.
         max_concurrency: further requests to a worker are answered 429; 1,000 by default.
         num_replicas: replicas, or ``"auto"`` (engine ``ray``).

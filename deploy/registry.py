@@ -101,7 +101,8 @@ class Endpoint(Document):
     port: int | None
     """None: any free one, the conventional 8000 where it is free."""
     admin_port: int | None = None
-    """Port of 127.0.0.1 for ``/metrics`` and ``/health``; 0 for any free one; None: they're on ``port``."""
+    """Port of 127.0.0.1 for ``/metrics`` and ``/health``; 0 for any free one. None: ``/metrics`` is on
+    ``port``, unless there are API keys, and ``/health`` is nowhere."""
     table: str
     """Absolute."""
     spool_dir: str
