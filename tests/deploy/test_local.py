@@ -79,7 +79,9 @@ def test_a_killed_worker_is_started_again(endpoint: LocalEndpoint) -> None:
     endpoint.ask("first")
     os.kill(before, signal.SIGKILL)
     assert endpoint.ask("second")["pid"] != before
-    version = wait_for(lambda: endpoint.state().versions["1"], "the version")
+    wait_for(lambda: endpoint.state().versions["1"].restarts == 1, "the start to be told")
+    wait_for(lambda: endpoint.state().versions["1"].workers, "the successor to be told")
+    version = endpoint.state().versions["1"]
     assert version.restarts == 1
     assert version.state == "serving"
     os.kill(version.workers[0], signal.SIGTERM)  # by hand: uvicorn's own end, and a successor
