@@ -16,7 +16,7 @@ MLFLOW := $(lastword $(MLFLOW_VERSIONS))
 MLFLOW_TESTS := $(MLFLOW_VERSIONS:%=test-mlflow-%)
 
 .PHONY: demo test test-all test-heavy setup-browser test-mlflow-matrix $(MLFLOW_TESTS) test-traces lint format \
-	bench bench-quick bench-soak bench-peers clean
+	bench bench-quick bench-soak bench-peers bench-ui bench-ui-heavy clean
 
 demo: $(VENV)/.demo  ## serve a real agent, send real requests, look at the table
 	$(BIN)/python -m examples.demo
@@ -58,7 +58,7 @@ format: $(VENV)/.lint
 BENCHMARKS := agent_call added_latency durability neighbour requests_per_second throughput freshness memory growth \
 	query deployment
 
-bench: $(VENV)/.bench  ## all benchmarks but soak and peers: about 20 minutes on a quiet machine
+bench: $(VENV)/.bench  ## all benchmarks but soak, peers and ui: about 20 minutes on a quiet machine
 	@set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
 	$(BIN)/python -m benchmarks.summary
 
@@ -72,6 +72,13 @@ bench-soak: $(VENV)/.bench  ## ten minutes of mixed load
 
 bench-peers: $(VENV)/.bench  ## beside what else there is; installs each into an environment of its own
 	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.summary
+
+bench-ui:  ## MLflow's UI and API on a table of 100,000 rows; needs the heavy extras
+	@$(MAKE) --no-print-directory VENV=.venv-all bench-ui-heavy
+
+bench-ui-heavy: $(VENV)/.test-all
+	$(BIN)/python -m benchmarks.ui
 	$(BIN)/python -m benchmarks.summary
 
 clean:

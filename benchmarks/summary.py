@@ -22,6 +22,7 @@ ORDER: Final = (
     "soak",
     "growth",
     "query",
+    "ui",
     "deployment",
     "peers",
 )

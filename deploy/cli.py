@@ -18,6 +18,7 @@ import click
 
 from deploy import commands, review_commands
 from deploy.spool_commands import spool
+from deploy.ui import ui
 from inference_table.errors import DeploymentError, TracelakeError
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def main(debug: bool) -> None:
 
     `serve` runs an agent and records, `query` asks the table in SQL, `trace` draws one request, `bench`
     measures what recording costs; `deploy` keeps an agent running in the background, version after version;
-    `replay` asks another version what was asked before, `top` watches the traffic.
+    `replay` asks another version what was asked before, `top` watches the traffic, `ui` shows the table in
+    MLflow's UI.
     """
 
 
@@ -497,7 +499,7 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
-for command in (review_commands.replay, review_commands.top):
+for command in (ui, review_commands.replay, review_commands.top):
     main.add_command(command)
 for command in (commands.deploy, commands.deployments, commands.logs, commands.undeploy, spool):
     main.add_command(command)

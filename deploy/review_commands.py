@@ -13,7 +13,7 @@ import click
 
 from inference_table.errors import TracelakeError
 
-__all__ = ["replay", "top"]
+__all__ = ["replay", "table_option", "top"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

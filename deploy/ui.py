@@ -1,9 +1,11 @@
 """The command ``tracelake ui``: MLflow's own server on an inference table.
 
-The server is a child in a session of its own, so that it ends with all its workers when we are told to end.
+The server is a child in a session of its own, so that it ends with all its workers when we are told to end,
+and on Linux also when we are killed.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -12,15 +14,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 import click
 
+from deploy.review_commands import table_option
 from inference_table.errors import TracelakeError
 from inference_table.mlflow_location import StoreLocation, store_location, store_uri
-from inference_table.scan import open_snapshot
 from inference_table.settings import StorageSettings
 
 __all__ = ["ui"]
@@ -32,6 +34,8 @@ START_SECONDS: Final = 180.0
 STOP_SECONDS: Final = 10.0
 """What a server may take to end that was told to."""
 POLL_SECONDS: Final = 0.1
+PR_SET_PDEATHSIG: Final = 1
+"""Of ``linux/prctl.h``."""
 ALWAYS: Final[Mapping[str, str]] = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # It takes a database, which a table is not; without this the server warns of it at each start.
@@ -51,11 +55,7 @@ Examples:
 It is MLflow's own server: `mlflow.set_tracking_uri("http://127.0.0.1:5000")` works too, and with
 `export MLFLOW_TRACKING_URI=inference-table:///path/to/payload` no server is needed. Docs: docs/ui.md"""
 )
-@click.option(
-    "--table",
-    metavar="URI",
-    help="Delta table.  [default: INFERENCE_TABLE_URI, else ./tracelake-data/payload]",
-)
+@table_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), help="Port to listen on.  [default: 5000, else any free one]"
@@ -82,6 +82,8 @@ def ui(
     allowed_hosts: str | None,
 ) -> None:
     """Show the table in MLflow's UI: traces, sessions, charts, feedback, evaluation."""
+    from inference_table.scan import open_snapshot
+
     check_extra(app_name)
     settings = StorageSettings.from_environ(uri=table)
     open_snapshot(settings)
@@ -121,7 +123,7 @@ def check_extra(app_name: str | None) -> None:
             version("Flask-WTF")
         except PackageNotFoundError:
             raise TracelakeError(
-                "cannot start MLflow's UI with basic-auth: pip install 'mlflow[auth]'"
+                "cannot start MLflow's UI with basic-auth: Flask-WTF is missing; pip install 'tracelake[ui]'"
             ) from None
 
 
@@ -130,7 +132,13 @@ def server(command: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
     """The server as a child, which has ended with its workers when this has, whatever ended it."""
     environment = {**ALWAYS, **os.environ}
     stopping = [signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)]
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=end_with_parent(os.getpid()),
+    )
     try:
         yield process
     except Stopped:
@@ -143,6 +151,21 @@ def server(command: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
         end(process)
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), stopping, strict=True):
             signal.signal(number, handler)
+
+
+def end_with_parent(parent: int) -> Callable[[], None] | None:
+    """What a child calls to be told to end when we are killed, which we can't tell it; Linux alone has it."""
+    if sys.platform != "linux":
+        return None
+    # Loaded here: a forked child had better not load anything.
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask
 
 
 class Stopped(BaseException):

@@ -26,7 +26,8 @@ from mlflow.store.tracking.utils.sql_trace_metrics_utils import validate_query_t
 from mlflow.tracing.constant import TraceTagKey
 from mlflow.utils.search_utils import SearchTraceMetricsUtils
 
-from inference_table.mlflow_rows import TraceFile, TraceRows, internal_errors, trace_files
+from inference_table.mlflow_files import TraceFile, trace_files
+from inference_table.mlflow_rows import TraceRows, internal_errors
 from inference_table.mlflow_search import (
     AT,
     DURATION,

@@ -27,14 +27,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracing.constant import TraceMetadataKey, TraceTagKey
 from mlflow.utils.search_utils import SearchTraceUtils
 
+from inference_table.mlflow_files import EARLIEST, EPOCH, LATEST
 from inference_table.scan import literal
 
 __all__ = [
     "AT",
     "DURATION",
-    "EARLIEST",
-    "EPOCH",
-    "LATEST",
     "SESSION",
     "SPANS",
     "Filter",
@@ -50,7 +48,8 @@ __all__ = [
     "trace_order",
 ]
 
-AT: Final = "epoch_ms(request_time)"
+AT: Final = "epoch_us(request_time) // 1000"
+"""In ms; ``epoch_ms`` of DuckDB rounds up what MLflow cuts off."""
 SPANS: Final = "json_extract(response, '$.databricks_output.trace.data.spans[*]')"
 """The spans of a row, a list of JSON."""
 DURATION: Final = "try_cast(trace_info->>'/execution_duration_ms' as bigint)"
@@ -60,11 +59,8 @@ ATTRIBUTES: Final = {
     "request_id": "trace_id",
     "client_request_id": "databricks_request_id",
     "execution_time_ms": DURATION,
-    "end_time_ms": f"{AT} + coalesce({DURATION}, 0)",
+    "end_time_ms": f"({AT}) + coalesce({DURATION}, 0)",
 }
-EARLIEST: Final = datetime(1, 1, 1, tzinfo=UTC)
-LATEST: Final = datetime(9999, 12, 31, tzinfo=UTC)
-EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 PLAIN: Final = re.compile(r"[ -~]*")
 SPECIAL: Final = frozenset('"\\/')
 """What JSON may write in more than one way, of ASCII's printable characters."""

@@ -206,7 +206,8 @@ class InferenceTableStore(SqlAlchemyStore):  # type: ignore[misc,unused-ignore] 
         found = super().batch_get_traces([*others], location, experiment_ids) if others else []
         if experiment_ids is None or self.experiment_id in experiment_ids:
             found += self.rows.traces([one for one in trace_ids if one not in others])
-        return sorted(found, key=lambda trace: trace_ids.index(trace.info.trace_id))
+        places = {one: place for place, one in enumerate(trace_ids)}
+        return sorted(found, key=lambda trace: places[trace.info.trace_id])
 
     def batch_get_trace_infos(
         self, trace_ids: list[str], location: str | None = None, experiment_ids: list[str] | None = None
@@ -216,7 +217,8 @@ class InferenceTableStore(SqlAlchemyStore):  # type: ignore[misc,unused-ignore] 
         found = super().batch_get_trace_infos([*others], location, experiment_ids) if others else []
         if experiment_ids is None or self.experiment_id in experiment_ids:
             found += self.rows.infos([one for one in trace_ids if one not in others])
-        return sorted(found, key=lambda info: trace_ids.index(info.trace_id))
+        places = {one: place for place, one in enumerate(trace_ids)}
+        return sorted(found, key=lambda info: places[info.trace_id])
 
     def query_trace_metrics(self, experiment_ids: list[str], *args: Any, **kwargs: Any) -> Any:
         """The points of a chart, as MLflow's abstract store describes them."""

@@ -22,8 +22,10 @@ FEEDBACK: Final = "feedback"
 FEEDBACK_SQL: Final = """
 select databricks_request_id, trace_id, name, type, value, rationale, source_type, source_id,
     annotation_time as feedback_time
-from {}"""
-"""The query behind it, over the assessments that hold now."""
+from {}
+where type is not null"""
+"""The query behind it, over the assessments that hold now. One without a type says that the one which was
+recorded with the trace is deleted."""
 
 LISTINGS: Final = re.compile(
     r"\b(show|information_schema|duckdb_\w+|pg_catalog|sqlite_master)\b|\bquery(_table)?\s*\(", re.IGNORECASE
