@@ -255,7 +255,7 @@ def measure(folder: Path, what: str, rows: list[Row], seconds: float, *, process
 def outcome(
     what: str, processes: int, settings: StorageSettings, recorded: Fed, committing: float | None
 ) -> Outcome:
-    table = DeltaTable(settings.absolute_uri)
+    table = DeltaTable(settings.uri)
     commits = sorted(entry["timestamp"] / 1000 for entry in table.history())[1:]  # the first made the table
     waits = [later - earlier for earlier, later in pairwise(commits)]
     ids = (

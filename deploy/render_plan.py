@@ -108,7 +108,7 @@ class RenderPlan:
     def table_in(self, state: str) -> str:
         """The table, where a local one is in the folder ``state``."""
         settings = StorageSettings(uri=self.table)
-        return str(PurePosixPath(state) / "payload") if settings.is_local else settings.absolute_uri
+        return str(PurePosixPath(state) / "payload") if settings.is_local else settings.uri
 
     def serve(self, host: str) -> list[str]:
         """The arguments of ``tracelake`` that serve the agent."""

@@ -58,7 +58,7 @@ def drain(ctx: click.Context, folder: Path, table: str | None, wait_seconds: flo
         settings = StorageSettings.from_environ(uri=table, spool_dir=folder)
         wanted = spool_root(settings)
         others = [one for one in found if one.root.name != wanted.name]
-        clean = drain_table(settings.absolute_uri, folder, wait_seconds)
+        clean = drain_table(settings.uri, folder, wait_seconds)
         report_others(others)
     else:
         clean = True

@@ -24,10 +24,10 @@ from inference_table.delta import (
     table_uri,
     transaction_version,
 )
-from inference_table.disk import make_data_dirs, sync_dir, sync_file
+from inference_table.disk import make_data_dir_of, sync_dir, sync_file
 from inference_table.errors import TableError, TableNotFoundError, TableReplacedError, TableSchemaError
 from inference_table.ids import uuid7
-from inference_table.settings import DATA_DIR, StorageSettings
+from inference_table.settings import StorageSettings
 from inference_table.steps import Step, ignore_step
 
 __all__ = ["ANNOTATION_SCHEMA", "AnnotationCommitter", "check_annotations"]
@@ -174,8 +174,8 @@ class AnnotationCommitter:
 
     def _create(self) -> DeltaTable:
         path = self.settings.local_path if self.settings.is_local else None
-        if path is not None and DATA_DIR.absolute() in path.parents:
-            make_data_dirs(DATA_DIR.absolute())
+        if path is not None:
+            make_data_dir_of(path)
         try:
             with table_errors(self.settings, "create"):
                 table = DeltaTable.create(

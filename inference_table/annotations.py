@@ -129,7 +129,7 @@ class AnnotationLog:
     """
 
     def __init__(self, settings: StorageSettings, on_step: Callable[[Step], None] = ignore_step) -> None:
-        self._settings = replace(settings, uri=settings.absolute_uri + SUFFIX)
+        self._settings = replace(settings, uri=settings.uri + SUFFIX)
         self._group = GroupCommit(AnnotationCommitter(self._settings, on_step).commit)
         self._clock = Clock()
         self._state: tuple[object, pa.Table] | None = None
@@ -245,5 +245,5 @@ def read_state(snapshot: Snapshot, wanted: list[pa.Array] | None) -> pa.Table:
         return found.select(ANNOTATION_SCHEMA.names).cast(ANNOTATION_SCHEMA)
     except (duckdb.Error, DeltaError, pa.ArrowException, OSError) as error:
         raise TableError(
-            f"cannot read the annotations '{snapshot.settings.absolute_uri}': {one_line(error)}; try again"
+            f"cannot read the annotations '{snapshot.settings.uri}': {one_line(error)}; try again"
         ) from error

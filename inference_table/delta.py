@@ -14,10 +14,10 @@ from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction
 from pyarrow.fs import FileSystem, LocalFileSystem, PyFileSystem, SubTreeFileSystem
 
-from inference_table.disk import make_data_dirs, sync_dir, sync_file
+from inference_table.disk import make_data_dir_of, sync_dir, sync_file
 from inference_table.errors import TableError, TableNotFoundError, TableSchemaError, TracelakeError
 from inference_table.schema import PARTITION_COLUMN, SCHEMA, SKIPPING_COLUMNS
-from inference_table.settings import DATA_DIR, StorageSettings
+from inference_table.settings import StorageSettings
 
 __all__ = [
     "NO_HOOKS",
@@ -101,8 +101,8 @@ def open_or_create_table(settings: StorageSettings) -> DeltaTable:
 
 
 def create_table(settings: StorageSettings) -> DeltaTable:
-    if settings.is_local and DATA_DIR.absolute() in settings.local_path.parents:
-        make_data_dirs(DATA_DIR.absolute())
+    if settings.is_local:
+        make_data_dir_of(settings.local_path)
     try:
         with table_errors(settings, "create"):
             return DeltaTable.create(
@@ -121,7 +121,7 @@ def create_table(settings: StorageSettings) -> DeltaTable:
 
 
 def table_uri(settings: StorageSettings) -> str:
-    return settings.absolute_uri
+    return settings.uri
 
 
 def table_files(settings: StorageSettings, table: DeltaTable, sizes: Mapping[str, int]) -> FileSystem:

@@ -16,6 +16,7 @@ __all__ = [
     "FileLock",
     "create_private",
     "free_fraction",
+    "make_data_dir_of",
     "make_data_dirs",
     "make_private_dirs",
     "network_file_system",
@@ -83,10 +84,17 @@ def make_private_dirs(path: Path) -> list[Path]:
 
 
 def make_data_dirs(path: Path) -> None:
-    """As :func:`make_private_dirs`; the default data folder is kept out of the user's repository."""
-    data = DATA_DIR.absolute()
-    if data in make_private_dirs(path):
-        data.joinpath(".gitignore").write_text("*\n", encoding="utf-8")
+    """As :func:`make_private_dirs`; a default data folder is kept out of the user's repository."""
+    for folder in make_private_dirs(path):
+        if folder.name == DATA_DIR.name:
+            folder.joinpath(".gitignore").write_text("*\n", encoding="utf-8")
+
+
+def make_data_dir_of(path: Path) -> None:
+    """Create the default data folder that ``path`` is in, if it is in one."""
+    for folder in path.parents:
+        if folder.name == DATA_DIR.name:
+            make_data_dirs(folder)
 
 
 def free_fraction(path: Path) -> float:

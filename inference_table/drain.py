@@ -117,7 +117,7 @@ def drain(settings: StorageSettings, wait_seconds: float = WAIT_SECONDS) -> Drai
     """
     root = spool_root(settings)
     if not root.is_dir():
-        return Drained(uri=settings.absolute_uri)
+        return Drained(uri=settings.uri)
     if kind := network_file_system(root):
         raise SpoolError(
             f"cannot drain the spool {root}: {kind} is a network file system, where locks may mean nothing; "
@@ -142,7 +142,7 @@ def drain_root(root: Path, settings: StorageSettings, wait_seconds: float) -> Dr
     left = orphans(root)
     stats = spool_stats(root)
     return Drained(
-        uri=settings.absolute_uri,
+        uri=settings.uri,
         rows=sum(result.rows for result in results),
         segments=sum(result.segments for result in results),
         bytes=sum(result.bytes for result in results),

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
-from inference_table.disk import make_data_dirs
+from inference_table.disk import make_data_dir_of
 from inference_table.errors import SettingsError
-from inference_table.settings import DATA_DIR, StorageSettings
+from inference_table.settings import StorageSettings
 
 __all__ = ["SCHEME", "StoreLocation", "store_location", "store_uri"]
 
@@ -45,11 +45,11 @@ class StoreLocation:
     @property
     def experiment_name(self) -> str:
         """The table's own folder."""
-        return self.settings.absolute_uri.rpartition("/")[2] or "payload"
+        return self.settings.uri.rpartition("/")[2] or "payload"
 
     @property
     def experiment_id(self) -> int:
-        digest = hashlib.sha256(self.settings.absolute_uri.encode()).digest()
+        digest = hashlib.sha256(self.settings.uri.encode()).digest()
         # Far from the ids that the first other experiments get.
         return int.from_bytes(digest[:8], "big") >> (64 - ID_BITS) | 1 << (ID_BITS - 1)
 
@@ -70,8 +70,7 @@ class StoreLocation:
             SettingsError: it can't be made.
         """
         try:
-            if DATA_DIR.absolute() in self.state.parents:
-                make_data_dirs(DATA_DIR.absolute())
+            make_data_dir_of(self.state)
             self.state.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             # Not the file itself: closing it would end SQLite's own locks on it.
             lock = os.open(self.state.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
@@ -111,7 +110,7 @@ def store_location(uri: str) -> StoreLocation:
 
 def store_uri(settings: StorageSettings, state_dir: str | Path | None = None) -> str:
     """The URI of the store on a table."""
-    address = settings.absolute_uri
+    address = settings.uri
     base = f"{SCHEME}://{quote(address)}" if settings.is_local else f"{SCHEME}:{address}"
     return base if state_dir is None else f"{base}?{urlencode({STATE_DIR: str(Path(state_dir).absolute())})}"
 
@@ -120,6 +119,6 @@ def state_file(settings: StorageSettings, folder: str | None) -> Path:
     if settings.is_local and folder is None:
         return settings.local_path.with_name(f"{settings.local_path.name}.mlflow.db")
     home = Path(os.environ.get(STATE_VARIABLE) or Path.home() / ".local" / "state") / "tracelake" / "mlflow"
-    digest = hashlib.sha256(settings.absolute_uri.encode()).hexdigest()[:12]
-    name = settings.absolute_uri.rpartition("/")[2] or "payload"
+    digest = hashlib.sha256(settings.uri.encode()).hexdigest()[:12]
+    name = settings.uri.rpartition("/")[2] or "payload"
     return (Path(folder) if folder else home).absolute() / f"{name}-{digest}.mlflow.db"

@@ -68,7 +68,7 @@ def open_snapshot(settings: StorageSettings) -> "Snapshot":
         TableNotFoundError: there is none.
         TableError: it can't be reached, or has features that we don't read.
     """
-    uri = settings.absolute_uri
+    uri = settings.uri
     try:
         table = DeltaTable(uri, storage_options=dict(settings.storage_options))
     except DeltaTableNotFoundError:
@@ -138,13 +138,13 @@ class Snapshot:
             return pa.table(QueryBuilder().register("t", self.table).execute(sql))
         except (DeltaError, OSError, ValueError, pa.ArrowException) as error:
             raise TableError(
-                f"cannot read the table '{self.settings.absolute_uri}': {one_line(error)}; try again"
+                f"cannot read the table '{self.settings.uri}': {one_line(error)}; try again"
             ) from error
 
     @property
     def in_place(self) -> bool:
         """Whether DuckDB can open the files itself."""
-        return self.settings.is_local and not GLOB.search(self.settings.absolute_uri)
+        return self.settings.is_local and not GLOB.search(self.settings.uri)
 
     @contextmanager
     def source(self, connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
@@ -285,7 +285,7 @@ def store_files(snapshot: Snapshot) -> Any:
     paths = map(unquote, actions["path"].to_pylist())
     sizes = dict(zip(paths, actions["size_bytes"].to_pylist(), strict=True))
     options = dict(snapshot.settings.storage_options)
-    handler = DeltaStorageHandler(snapshot.settings.absolute_uri, options, sizes)
+    handler = DeltaStorageHandler(snapshot.settings.uri, options, sizes)
     return store_class()(handler, sizes)
 
 

@@ -132,9 +132,9 @@ class StorageSettings:
     """
 
     uri: str = setting(str(DATA_DIR / "payload"), parse_text, "URI")
-    """The Delta table: a path, or ``s3://``, ``az://``, ``gs://``."""
+    """The Delta table: a path, or ``s3://``, ``az://``, ``gs://``. A path is made absolute."""
     spool_dir: Path = setting(DATA_DIR / "spool", lambda text: Path(parse_text(text)), "SPOOL_DIR")
-    """Local disk that holds records until they are committed. Not a network file system."""
+    """Local disk that holds records until they are committed; made absolute. Not a network file system."""
     flush_seconds: float = setting(1.0, parse_number, "FLUSH_SECONDS")
     """Pause between two commits."""
     durability: Durability = setting(Durability.RELAXED, parse_durability, "DURABILITY")
@@ -150,12 +150,17 @@ class StorageSettings:
     """Options of the object store, as delta-rs takes them; its environment variables work without."""
 
     def __post_init__(self) -> None:
-        path = str(self.local_path) if self.is_local else ""
-        if why := misread(path):
-            raise SettingsError(
-                f"cannot use the table {path!r}: {why}; give the table another folder, with "
-                "INFERENCE_TABLE_URI or the argument uri"
-            )
+        uri = self.uri.rstrip("/")
+        if self.is_local:
+            uri = str(Path(self.uri.removeprefix("file://")).absolute())
+            if why := misread(uri):
+                raise SettingsError(
+                    f"cannot use the table {uri!r}: {why}; give the table another folder, with "
+                    "INFERENCE_TABLE_URI or the argument uri"
+                )
+        # Absolute from here on: an agent may change the current folder, or delete it.
+        object.__setattr__(self, "uri", uri)
+        object.__setattr__(self, "spool_dir", self.spool_dir.absolute())
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
@@ -173,10 +178,5 @@ class StorageSettings:
 
     @property
     def local_path(self) -> Path:
-        """The folder of a local table, absolute."""
-        return Path(self.uri.removeprefix("file://")).absolute()
-
-    @property
-    def absolute_uri(self) -> str:
-        """The same table whatever the current folder: what the spool is keyed by."""
-        return str(self.local_path) if self.is_local else self.uri.rstrip("/")
+        """The folder of a local table."""
+        return Path(self.uri)

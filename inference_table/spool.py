@@ -89,8 +89,8 @@ URI: Final = "URI"
 
 def spool_root(settings: StorageSettings) -> Path:
     """The folder that holds everything spooled on this machine for this table."""
-    key = hashlib.sha256(settings.absolute_uri.encode()).hexdigest()[:16]
-    return settings.spool_dir.absolute() / key
+    key = hashlib.sha256(settings.uri.encode()).hexdigest()[:16]
+    return settings.spool_dir / key
 
 
 class Spool:
@@ -227,7 +227,7 @@ class Spool:
         make_data_dirs(self.root)
         uri = self.root / URI
         if not uri.exists():
-            write_durably(uri, self.settings.absolute_uri + "\n")
+            write_durably(uri, self.settings.uri + "\n")
 
     def _check_room(self, nbytes: int) -> None:
         if time.monotonic() >= self._recount_at:

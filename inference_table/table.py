@@ -135,7 +135,7 @@ class InferenceTable:
     @property
     def uri(self) -> str:
         """The table, absolute."""
-        return self._settings.absolute_uri
+        return self._settings.uri
 
     @property
     def version(self) -> int:

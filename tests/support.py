@@ -98,12 +98,12 @@ class Process:
 
 @contextlib.contextmanager
 def served(
-    *arguments: str, env: Mapping[str, str], log: Path, port: int | None = None
+    *arguments: str, env: Mapping[str, str], log: Path, port: int | None = None, cwd: Path = ROOT
 ) -> Iterator[tuple[str, Process]]:
     """``tracelake serve`` as a real process; yields its URL and the process, stops it cleanly."""
     port = port or free_port()
     command = [sys.executable, "-m", "deploy.cli", "serve", *arguments, "--port", str(port)]
-    process = Process(command, env, log)
+    process = Process(command, env, log, cwd)
     url = f"http://127.0.0.1:{port}"
     try:
         wait_for(lambda: answers(url) or process.popen.poll() is not None, f"{url} to answer", 60)

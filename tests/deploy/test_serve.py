@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -43,14 +44,21 @@ def metric(text: str, name: str) -> float:
     return float(match[1])
 
 
+def is_settled(text: str, rows: int) -> bool:
+    """Whether so many rows are committed, and nothing waits."""
+    counted = metric(text, "tracelake_committed_total") == metric(text, "tracelake_captured_total") == rows
+    return counted and metric(text, "tracelake_spool_segments") == 0
+
+
 def test_metrics_count_all_workers(tmp_path: Path) -> None:
     """Whichever of two workers answers, /metrics has what both of them did."""
     with served(AGENT, "--workers", "2", env=environment(tmp_path), log=tmp_path / "log") as (url, _):
         for number in range(40):
             # A new connection each time, so that both workers get some.
             httpx.post(f"{url}/invocations", json={"number": number})
-        committed = wait_for(lambda: len(rows(tmp_path / "payload")) == 40, "the rows")
-        assert committed
+        wait_for(lambda: len(rows(tmp_path / "payload")) == 40, "the rows")
+        # Readers see a commit before the process that made it takes its segments away and counts it.
+        wait_for(lambda: is_settled(httpx.get(f"{url}/metrics").text, 40), "the commits to be counted")
         texts = [httpx.get(f"{url}/metrics").text for _ in range(8)]
     for text in texts:
         assert metric(text, "tracelake_captured_total") == 40
@@ -345,3 +353,27 @@ def test_a_folder_of_the_agent_does_not_take_our_place(tmp_path: Path, workers: 
     arguments = ("my_agent:predict", "--app-dir", str(tmp_path), "--workers", workers)
     with served(*arguments, env=environment(tmp_path), log=tmp_path / "log") as (url, _):
         assert httpx.post(f"{url}/invocations", json={"a": 1}).json() == {"a": 1}
+
+
+def test_an_agent_may_leave_and_delete_the_current_folder(tmp_path: Path) -> None:
+    """Relative places are those of the start, for whatever is opened later."""
+    code, here, elsewhere = tmp_path / "code", tmp_path / "here", tmp_path / "elsewhere"
+    for folder in (code, here, elsewhere):
+        folder.mkdir()
+    (code / "wanderer.py").write_text(
+        "import os, shutil\n\n\n"
+        "def predict(request: dict) -> dict:\n"
+        "    os.chdir(request['to'])\n"
+        "    shutil.rmtree(request.get('remove', 'nothing'), ignore_errors=True)\n"
+        "    return request\n"
+    )
+    env = {"ENABLE_MLFLOW_TRACING": "true", "PYTHONPATH": str(ROOT)}
+    arguments = ("wanderer:predict", "--app-dir", str(code), "--table", "payload", "--spool-dir", "spool")
+    asked = [{"to": str(elsewhere)}, {"to": str(elsewhere), "remove": str(elsewhere)}, {"to": "/"}]
+    with served(*arguments, env=env, log=tmp_path / "log", cwd=here) as (url, _):
+        for number, body in enumerate(asked):
+            httpx.post(f"{url}/invocations", json=body).raise_for_status()
+            wait_for(lambda number=number: len(rows(here / "payload")) == number + 1, "the row")  # type: ignore[misc]
+    assert [json.loads(row["request"]) for row in rows(here / "payload")] == asked
+    assert not elsewhere.exists()
+    assert "cannot" not in (tmp_path / "log").read_text()

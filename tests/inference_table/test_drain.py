@@ -102,7 +102,7 @@ def test_rows_of_a_killed_process_are_committed_once(tmp_path: Path, spooler: Sp
     ids = killed(spooler, "x", 3)
     first = drain(settings)
     assert (first.rows, first.segments, first.left, first.quarantined) == (6, 3, 0, 0)
-    assert drain(settings) == Drained(uri=settings.absolute_uri)
+    assert drain(settings) == Drained(uri=settings.uri)
     assert ids_in_table(settings) == Counter(ids)
     assert folders(spool_root(settings)) == []
 
@@ -255,11 +255,11 @@ def test_the_command_drains_every_table_of_a_spool(tmp_path: Path, spooler: Spoo
         ids.append(killed(spooler, name, 2, tmp_path / name))
         shared.mkdir(exist_ok=True)
         spool_root(settings).rename(shared / spool_root(settings).name)
-    assert {one.uri for one in spooled_tables(shared)} == {one.absolute_uri for one in tables}
+    assert {one.uri for one in spooled_tables(shared)} == {one.uri for one in tables}
     code, out, err = ran(shared)
     assert (code, err) == (0, "")
     assert sorted(line.split(",")[0] for line in out.splitlines()) == sorted(
-        f"{one.absolute_uri}: 4 rows committed" for one in tables
+        f"{one.uri}: 4 rows committed" for one in tables
     )
     assert [ids_in_table(one) for one in tables] == [Counter(one) for one in ids]
 
@@ -289,8 +289,8 @@ def test_the_command_goes_on_after_a_table_that_is_away(tmp_path: Path, spooler:
     spool_root(away).rename(here.spool_dir / spool_root(away).name)
     code, out, err = ran(here.spool_dir)
     assert code == 1
-    assert out.startswith(f"{here.absolute_uri}: 2 rows committed")
-    assert err.startswith(f"Error: there is no Delta table at {away.absolute_uri}")
+    assert out.startswith(f"{here.uri}: 2 rows committed")
+    assert err.startswith(f"Error: there is no Delta table at {away.uri}")
 
 
 def test_a_folder_that_is_no_spool_is_refused(tmp_path: Path) -> None:
