@@ -128,14 +128,16 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """``failed`` without a whole answer, or with an error that is new; else ``changed`` or ``same``."""
-        if self.error is not None or (is_error(self.new.status) and not is_error(self.old.status)):
+        """``failed`` without a whole answer, or with an error or a redirect that is new; else ``changed`` or
+        ``same``."""
+        if self.error is not None or badness(self.new.status) > badness(self.old.status):
             return "failed"
         return "changed" if self.changes else "same"
 
 
-def is_error(status: int | None) -> bool:
-    return status is None or status >= 400
+def badness(status: int | None) -> int:
+    """0 is an answer, 1 a redirect, which is not followed, 2 an error."""
+    return 2 if status is None or status >= 400 else int(status >= 300)
 
 
 def recorded_answer(response: str | None) -> Answer:

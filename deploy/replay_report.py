@@ -246,19 +246,24 @@ def to_json(found: Mapping[str, Any]) -> str:
     return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
 
 
-def check_plot() -> None:
+def check_plot(file: Path) -> None:
     """Find out before anything is sent whether there will be a plot.
 
     Raises:
-        TracelakeError: matplotlib is not installed.
+        TracelakeError: matplotlib is not installed, or draws no picture of the kind that ``file`` ends in.
     """
     try:
-        import matplotlib.figure  # noqa: F401  # only whether it is there
+        from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError as error:
         raise TracelakeError(
             "cannot draw the plot: matplotlib is not installed; pip install 'tracelake[plot]', "
             "or leave out --plot"
         ) from error
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if file.suffix.removeprefix(".").lower() not in kinds:
+        raise TracelakeError(
+            f"cannot draw the plot into {file}: its name ends in none of .{', .'.join(kinds)}"
+        )
 
 
 def write_plot(replay: Replay, file: Path) -> None:

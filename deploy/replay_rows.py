@@ -4,6 +4,7 @@ What is chosen is read without payloads first; payloads follow some at a time, s
 """
 
 import time
+from base64 import b64decode
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -160,10 +161,21 @@ def unsendable(request: str, row: Mapping[str, Any]) -> str | None:
         return None
     if "head" in body and CUT & set(row["logging_error_codes"] or []):
         return "body was cut"
-    is_json = "json" in (row["content_type"] or "")
-    if body.keys() == {"body", "encoding"} and body["encoding"] == "base64" and not is_json:
-        return "body is binary"
+    if body.keys() == {"body", "encoding"} and body["encoding"] == "base64":
+        is_json = "json" in (row["content_type"] or "")
+        return "body is binary" if not is_json or is_binary(body["body"]) else None
     return None
+
+
+def is_binary(encoded: Any) -> bool:
+    """Whether base64 holds what is no UTF-8: what is, was recorded as it came."""
+    try:
+        b64decode(encoded, validate=True).decode()
+    except UnicodeDecodeError:
+        return True
+    except (TypeError, ValueError):
+        return False
+    return False
 
 
 def read_targets(outcomes: Iterable[Outcome], settings: StorageSettings) -> None:

@@ -3,6 +3,8 @@
 What they need is imported when they run, as in :mod:`deploy.cli`.
 """
 
+import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,10 @@ PACED_CONCURRENCY: Final = 100
 """Requests under way at a time where they keep their recorded spacing: more is a target that is stuck."""
 MAX_CONCURRENCY: Final = 8
 """The same as fast as possible: enough to keep a small server busy, few enough not to knock it over."""
+
+HEADER_NAME: Final = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
+FRAMING: Final = frozenset({"content-length", "transfer-encoding"})
+"""Headers that say where a body ends."""
 
 
 class Speed(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
@@ -42,6 +48,16 @@ class Speed(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
         return factor
 
 
+class Seconds(click.FloatRange):
+    """A number of seconds: ``nan`` compares with no bound, so that a range lets it pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is no number of seconds", param, ctx)
+        return seconds
+
+
 def url_of(_: click.Context, __: click.Parameter, text: str) -> str:
     try:
         parts = urlsplit(text)
@@ -57,18 +73,32 @@ def headers_of(_: click.Context, parameter: click.Parameter, texts: tuple[str, .
     found = {}
     for text in texts:
         name, separator, value = text.partition(":")
-        if not (name.strip() and separator and text.isprintable() and text.isascii()):
+        name = name.strip().lower()
+        if not (HEADER_NAME.fullmatch(name) and separator and text.isprintable() and text.isascii()):
             raise click.BadParameter(f"{text!r} is not of the form {parameter.metavar}")
-        found[name.strip().lower()] = value.strip()
+        if name in FRAMING:
+            raise click.BadParameter(f"{name} follows from the body of each request; leave it out")
+        found[name] = value.strip()
     return found
+
+
+def in_a_folder(_: click.Context, __: click.Parameter, file: Any) -> Any:
+    """A file to write, in a folder that is there: found out before anything is sent."""
+    if file is not None:
+        # A lazy file opens itself when it is asked for anything but its name.
+        path = file if isinstance(file, Path) else Path(file.name)
+        if not path.absolute().parent.is_dir():
+            raise click.BadParameter(f"there is no folder '{path.parent}' to write '{path.name}' into")
+    return file
 
 
 def file_option(name: str, text: str) -> Callable[[Command], Command]:
     return click.option(
         name,
         f"{name.strip('-')}_file",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=click.Path(dir_okay=False, writable=True, path_type=Path),
         metavar="FILE",
+        callback=in_a_folder,
         help=text,
     )
 
@@ -123,7 +153,7 @@ is left out of the comparison: docs/replay.md. The exit code is 1 if a request f
     "--timeout",
     default=120.0,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=Seconds(0, min_open=True),
     metavar="SECONDS",
     help="For a whole answer.",
 )
@@ -147,6 +177,7 @@ is left out of the comparison: docs/replay.md. The exit code is 1 if a request f
     "json_file",
     type=click.File("w", lazy=True),
     metavar="FILE",
+    callback=in_a_folder,
     help="Write all figures; - is stdout.",
 )
 def replay(
@@ -178,7 +209,7 @@ def replay(
     from inference_table.table import InferenceTable
 
     if plot_file is not None:
-        check_plot()
+        check_plot(plot_file)
     settings = StorageSettings.from_environ(uri=table, spool_dir=spool_dir)
     target = StorageSettings.from_environ(uri=target_table or table, spool_dir=spool_dir)
     chosen = choose(
@@ -188,7 +219,7 @@ def replay(
         pending=True,
     )
     if not chosen.num_rows:
-        raise TracelakeError(f"cannot replay: no request in '{settings.absolute_uri}' was chosen")
+        raise TracelakeError(f"cannot replay: no request in '{settings.uri}' was chosen")
     factor = None if isinstance(speed, str) else speed
     plan = Plan(
         url=options["url"],
@@ -200,7 +231,7 @@ def replay(
         ignored=frozenset(options["ignore"]),
     )
     run = Replay(plan, chosen)
-    click.echo(announcement(run, record, settings.absolute_uri), err=True)
+    click.echo(announcement(run, record, settings.uri), err=True)
     carry_out(run, settings, target, record)
     write_files(run, report_file, plot_file, json_file)
 
@@ -253,30 +284,38 @@ def write_files(
     from deploy.replay_report import figures, markdown, to_json, write_plot, write_report
 
     found = figures(run, run.plan.url)
-    if json_file is not None:
-        json_file.write(to_json(found))
-    if json_file is None or json_file.name != "-":
-        write_report(run, found, click.echo)
-    if plot_file is not None:
-        write_plot(run, plot_file)
-    if report_file is not None:
-        try:
-            report_file.write_text(markdown(run, found, picture(report_file, plot_file)), encoding="utf-8")
-        except OSError as error:
-            raise TracelakeError(f"cannot write the report {report_file}: {error.strerror}") from error
+    try:
+        if report_file is not None:
+            write_markdown(report_file, markdown(run, found, picture(report_file, plot_file)))
+        if json_file is not None:
+            json_file.write(to_json(found))
+        if plot_file is not None:
+            write_plot(run, plot_file)
+    finally:
+        # Whoever reads the terminal's text may have gone, as `head` has; a file that fails leaves it.
+        if json_file is None or json_file.name != "-":
+            write_report(run, found, click.echo)
     if run.is_interrupted:
         sys.exit(130)
     if found["requests"]["failed"]:
         sys.exit(1)
 
 
+def write_markdown(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise TracelakeError(f"cannot write the report {file}: {error.strerror}") from error
+
+
 def picture(report: Path, plot: Path | None) -> str | None:
-    """The plot's path from the report's folder."""
+    """The plot's path from the report's folder, as Markdown takes it."""
     import os
+    from urllib.parse import quote
 
     if plot is None:
         return None
-    return Path(os.path.relpath(plot.absolute(), report.absolute().parent)).as_posix()
+    return quote(Path(os.path.relpath(plot.absolute(), report.absolute().parent)).as_posix())
 
 
 @click.command(
@@ -296,7 +335,7 @@ q or Ctrl-C ends it."""
     "--interval",
     default=2.0,
     show_default=True,
-    type=click.FloatRange(0.2),
+    type=Seconds(0.2, 86400),
     metavar="SECONDS",
     help="Between two looks.",
 )
@@ -304,7 +343,7 @@ q or Ctrl-C ends it."""
     "--window",
     default=60.0,
     show_default=True,
-    type=click.FloatRange(1, 86400),
+    type=Seconds(1, 86400),
     metavar="SECONDS",
     help="How far back they look.",
 )

@@ -53,7 +53,7 @@ with recent as materialized (
     select
         case grouping(served_entity_id, slice) when 3 then 'total' when 1 then 'entity' else 'slice' end
             as kind, served_entity_id, slice, count(*) as requests,
-        count_if(status_code >= 400 or trace_state = 'ERROR') as errors,
+        count(*) filter (status_code >= 400 or trace_state = 'ERROR') as errors,
         quantile_cont(ms, 0.5) as p50_ms, quantile_cont(ms, 0.95) as p95_ms,
         sum(input_tokens)::bigint as input_tokens, sum(output_tokens)::bigint as output_tokens
     from recent group by grouping sets ((), (served_entity_id), (slice))

@@ -19,6 +19,8 @@ WIDE: Final = 120
 """Cells from which there is room for tokens and entity beside what was said."""
 LATE_SECONDS: Final = 10.0
 """A row that waits this long does not wait for the next commit, which comes after a second."""
+COLUMNS: Final = {"req/s": 0, "errors": 0, "p50": 50, "p95": 0, "tok in/s": 70, "tok out/s": 70}
+"""What is said of a served entity, and the cells of a terminal from which there is room for it."""
 BARS: Final = " ▁▂▃▄▅▆▇█"
 
 
@@ -118,24 +120,27 @@ def head_lines(frame: Frame, width: int) -> "Iterator[Text]":
 
 def traffic_table(frame: Frame, width: int) -> "Table":
     table = plain_table()
-    # The other columns take 58 cells, a little more where an endpoint is busy.
-    table.add_column("served entity", no_wrap=True, overflow="ellipsis", max_width=max(12, width - 62))
-    for name in ("req/s", "errors", "p50", "p95", "tok in/s", "tok out/s"):
+    names = [name for name, least in COLUMNS.items() if width >= least]
+    # Each takes 10 cells at most, with the gap before it, a little more where an endpoint is busy.
+    room = width - 2 - 10 * len(names)
+    table.add_column("served entity", no_wrap=True, overflow="ellipsis", max_width=max(12, room))
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     for one in frame.entities[:MAX_ENTITIES]:
-        add_cells(
-            table,
-            one.name or "(no name)",
-            f"{one.per_second:,.1f}",
-            errors_text(one),
-            ms_text(one.p50_ms),
-            ms_text(one.p95_ms),
-            rate_text(one.input_tokens_per_second),
-            rate_text(one.output_tokens_per_second),
-            style="red" if one.errors else "",
-        )
+        cells = {
+            "req/s": f"{one.per_second:,.1f}",
+            "errors": errors_text(one),
+            "p50": ms_text(one.p50_ms),
+            "p95": ms_text(one.p95_ms),
+            "tok in/s": rate_text(one.input_tokens_per_second),
+            "tok out/s": rate_text(one.output_tokens_per_second),
+        }
+        known = [cells[name] for name in names]
+        add_cells(table, one.name or "(no name)", *known, style="red" if one.errors else "")
     if len(frame.entities) > MAX_ENTITIES:
-        add_cells(table, f"… and {len(frame.entities) - MAX_ENTITIES:,} more", *[""] * 6, style="dim")
+        add_cells(
+            table, f"… and {len(frame.entities) - MAX_ENTITIES:,} more", *[""] * len(names), style="dim"
+        )
     return table
 
 

@@ -70,7 +70,10 @@ def write_page(row: "InferenceRow", file: Path) -> None:
     main = row.trace()
     id_ = row.get("databricks_request_id")
     if main is None:
-        raise TracelakeError(f"cannot write the trace of request {id_}: none was recorded for it")
+        raise TracelakeError(
+            f"cannot write the trace of request {id_}: none was recorded for it; "
+            "`last --where 'trace_id is not null'` is the newest request that has one"
+        )
     document = trace_page([main, *row.other_traces()], f"trace of request {id_}")
     try:
         file.write_text(document, encoding="utf-8")

@@ -222,7 +222,7 @@ def test_a_target_that_dies_midway_is_a_report_all_the_same(home: Home) -> None:
 def test_a_plot_is_drawn(home: Home) -> None:
     """``--plot`` makes a picture, also of a target that is no endpoint of ours; ``--no-record`` no rows."""
     pytest.importorskip("matplotlib")
-    plot, report = home.folder / "plots" / "plot.png", home.folder / "plotted.md"
+    plot, report = home.folder / "plots" / "a plot).png", home.folder / "plotted.md"
     plot.parent.mkdir()
     before = len(rows(home.table))
     with running(Starlette(routes=[Route("/chat", echo, methods=["POST"])])) as url:
@@ -234,8 +234,23 @@ def test_a_plot_is_drawn(home: Home) -> None:
     assert "0 same, 30 changed" in done.stdout and "0 from the target's rows, 30 as seen" in done.stdout
     assert "… and 10 more" in done.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert "](plots/plot.png)" in report.read_text()
+    assert "](plots/a%20plot%29.png)" in report.read_text()
     assert len(rows(home.table)) == before
+
+
+def test_a_plot_that_cannot_be_drawn_sends_nothing(tmp_path: Path) -> None:
+    """The kind of the picture is checked before the requests go out."""
+    pytest.importorskip("matplotlib")
+    write(tmp_path / "t", [payload("{}")])
+    target = Target(yes)
+    with running(target.app) as url:
+        done = replay(
+            *("--where", "true", "--to", url, "--plot", str(tmp_path / "plot.xyz")),
+            table=tmp_path / "t",
+            spool=tmp_path / "s",
+        )
+    assert done.returncode == 1 and "plot.xyz: its name ends in none of" in done.stderr
+    assert not target.got
 
 
 async def echo(request: Request) -> Response:
@@ -295,6 +310,7 @@ def test_bodies_go_out_as_they_came_in_and_others_are_counted(tmp_path: Path) ->
         ('{"a":  1,\n "ü": "\\ud800"}', "application/json"),
         ('{"truncated_bytes": 1, "head": "mine"}', "application/json"),
         ('{"body": "eA==", "encoding": "base64"}', "application/json; charset=utf-8"),
+        ('{"body":["/w=="],"encoding":"base64"}', "application/json"),
         ("name=x&y=%20", "application/x-www-form-urlencoded"),
     ]
     base64 = '{"body":"/w==","encoding":"base64"}'
@@ -305,6 +321,7 @@ def test_bodies_go_out_as_they_came_in_and_others_are_counted(tmp_path: Path) ->
             *(payload(text, metadata={"request_content_type": kind}) for text, kind in verbatim),
             payload(cut, codes=[ErrorCode.MAX_REQUEST_SIZE_EXCEEDED]),
             payload(base64, metadata={"request_content_type": "image/png"}),
+            payload(base64, metadata={"request_content_type": "application/json"}),
             payload(None),
             payload(None, codes=[ErrorCode.REDACTION_FAILED]),
             payload("", metadata={"method": "GET"}),
@@ -328,11 +345,11 @@ def test_bodies_go_out_as_they_came_in_and_others_are_counted(tmp_path: Path) ->
         "GET request": 1,
         "is a replay itself": 1,
         "body was cut": 1,
-        "body is binary": 1,
+        "body is binary": 2,
         "body was not read by the agent": 1,
         "body was withheld": 1,
     }
-    assert (figures["requests"]["same"], done.returncode) == (4, 0)
+    assert (figures["requests"]["same"], done.returncode) == (5, 0)
 
 
 def test_answers_that_nobody_records_become_rows(tmp_path: Path) -> None:
@@ -376,6 +393,36 @@ def test_answers_that_nobody_records_become_rows(tmp_path: Path) -> None:
     assert {one["replay_id"] for one in figures["outcomes"]} == {
         row["databricks_request_id"] for row in found.values()
     }
+
+
+def test_a_redirect_is_no_answer(tmp_path: Path) -> None:
+    """A target with another path sends the requests elsewhere: they failed, but for those that ever did."""
+    write(tmp_path / "t", [payload("{}"), payload("{}", status_code=308), payload("{}", status_code=404)])
+    with running(Target(lambda _: Response(status_code=307, headers={"location": "/"})).app) as url:
+        done = replay(
+            *("--where", "true", "--to", f"{url}/x/", "--speed", "max", "--no-record", "--json", "-"),
+            table=tmp_path / "t",
+            spool=tmp_path / "s",
+        )
+    figures = figures_of(done)
+    verdicts = {one["old"]["status"]: one["verdict"] for one in figures["outcomes"]}
+    assert verdicts == {200: "failed", 308: "changed", 404: "changed"}
+    assert done.returncode == 1
+
+
+def test_the_report_is_written_though_nobody_reads_the_terminal(tmp_path: Path) -> None:
+    """``tracelake replay --report FILE | head -1`` leaves the file."""
+    write(tmp_path / "t", [payload("{}") for _ in range(3)])
+    report = tmp_path / "report.md"
+    with running(Target(yes).app) as url:
+        arguments = ("--where", "true", "--to", url, "--no-record", "--report", str(report))
+        process = subprocess.Popen(
+            command(arguments, tmp_path / "t", tmp_path / "s"), cwd=ROOT, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        process.stdout.close()
+        process.wait(60)
+    assert "3 same, 0 changed" in report.read_text()
 
 
 def test_a_slow_answer_holds_up_no_other(tmp_path: Path) -> None:
@@ -464,6 +511,11 @@ def test_an_answer_that_takes_too_long_failed(tmp_path: Path) -> None:
         (["--where", "true", "--to", "localhost:8000"], "not of the form http://host:port/path"),
         (["--where", "true", "--to", "http://x", "--speed", "0"], "none of: recorded, max"),
         (["--where", "true", "--to", "http://x", "--header", "x"], "not of the form 'NAME: VALUE'"),
+        (["--where", "true", "--to", "http://x", "--header", "a b: x"], "not of the form 'NAME: VALUE'"),
+        (["--where", "true", "--to", "http://x", "--header", "Content-Length: 5"], "leave it out"),
+        (["--where", "true", "--to", "http://x", "--timeout", "nan"], "no number of seconds"),
+        (["--where", "true", "--to", "http://x", "--report", "/no/such/r.md"], "no folder '/no/such'"),
+        (["--where", "true", "--to", "http://x", "--json", "/no/such/r.json"], "no folder '/no/such'"),
         (["--from", "select status_code from payload", "--to", "http://x"], "yields databricks_request_id"),
         (["--from", "select 1; select 2", "--to", "http://x"], "yields databricks_request_id"),
         (["--where", "false", "--to", "http://x"], "was chosen"),
@@ -568,7 +620,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(TracelakeError, match=r"pip install 'tracelake\[plot\]'"):
-        check_plot()
+        check_plot(Path("plot.png"))
 
 
 def test_the_guide_names_every_option() -> None:

@@ -106,7 +106,7 @@ def test_a_look_counts_what_was_answered(place: list[str]) -> None:
     assert "why 9?" in frame["newest"][2]["request"]
 
 
-@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_a_frame_fits_the_terminal(place: list[str], width: int) -> None:
     """At any width no line is longer, and no control character of a stranger's is left."""
     done = top("--once", "--window", "3600", *place, COLUMNS=str(width))
@@ -117,6 +117,8 @@ def test_a_frame_fits_the_terminal(place: list[str], width: int) -> None:
     assert any(line.startswith("watched/7") for line in lines)
     assert sum(line.split()[1:2] == ["503"] for line in lines) == 2
     assert ("60 → 6" in done.stdout) == (width == 200)
+    [named] = [line for line in lines if line.startswith("watched/7")]
+    assert "2 (16.7 %)" in named and "…" not in named
 
 
 def test_what_waits_is_seen_with_its_age(tmp_path: Path) -> None:
@@ -128,6 +130,25 @@ def test_what_waits_is_seen_with_its_age(tmp_path: Path) -> None:
     assert (frame.total.requests, frame.pending_rows, frame.spool_segments, frame.version) == (2, 2, 1, None)
     assert frame.spool_bytes > 0 and frame.lag_seconds is not None
     spool.close()
+
+
+def test_requests_without_a_trace_are_no_errors(tmp_path: Path) -> None:
+    """Of an agent that is not traced the number of errors is 0, not unknown."""
+    settings = storage(tmp_path)
+    spool = Spool(settings)
+    spool.append(batch([uuid7(), uuid7()], at=datetime.now(UTC)), sync=False)
+    frame = Watch(settings.uri, str(settings.spool_dir), 60).look()
+    assert [one["trace_state"] for one in frame.newest] == [None, None]
+    assert (frame.total.errors, frame.entities[0].errors) == (0, 0)
+    spool.close()
+
+
+@pytest.mark.parametrize("option", ["--window", "--interval"])
+@pytest.mark.parametrize("value", ["nan", "1e300"])
+def test_no_number_of_seconds_is_refused(tmp_path: Path, option: str, value: str) -> None:
+    """A traceback would not say which option it was."""
+    done = top("--once", option, value, "--table", str(tmp_path / "payload"))
+    assert done.returncode == 2 and f"Invalid value for '{option}'" in done.stderr
 
 
 def test_old_rows_and_payloads_are_not_read(tmp_path: Path) -> None:
