@@ -89,6 +89,8 @@ def ui(
     open_snapshot(settings)
     uri = store_uri(settings, state_dir)
     location = store_location(uri)
+    with location.making():
+        pass  # else the server's traceback says that it can't
     chosen = free_port(host) if port is None else checked_port(host, port)
     options = {"--app-name": app_name, "--allowed-hosts": allowed_hosts}
     command = [
@@ -97,7 +99,7 @@ def ui(
         *("--artifacts-destination", str(location.artifacts)),
         *(text for name, value in options.items() if value for text in (name, value)),
     ]
-    click.echo(f"starting MLflow {version('mlflow')} on {settings.absolute_uri} ...", err=True)
+    click.echo(f"starting MLflow {version('mlflow')} on {settings.uri} ...", err=True)
     with server(command) as process:
         wait_until_up(process, f"http://{reached_at(host)}:{chosen}")
         click.echo(page(location, host, chosen))

@@ -137,7 +137,7 @@ class GoldenSet:
         found = []
         for row in rows_of(self._table, wanted, self._pending):
             if (trace := row.trace()) is not None:
-                trace.info.assessments = [*trace.info.assessments, *assessments(said.get(row[ID], []), trace)]
+                trace.info.assessments = assessments(row, said.get(row[ID], []))
                 found.append(trace)
         return found
 
@@ -236,7 +236,7 @@ def unusable(row: InferenceRow) -> str | None:
 
 
 def record_of(row: InferenceRow, said: Iterable[Record], source: Mapping[str, Any]) -> Record:
-    said = list(said)
+    said = holding(list(said))
     origin = {"trace_id": row["trace_id"], ID: row[ID], **source}
     return {
         "inputs": inputs_of(row["request"]),
@@ -257,6 +257,13 @@ def record_of(row: InferenceRow, said: Iterable[Record], source: Mapping[str, An
             if one["type"] == "feedback"
         ],
     }
+
+
+def holding(said: list[Record]) -> list[Record]:
+    """Annotations without the assessments that others override."""
+    documents = [parsed(one["document"]) for one in said]
+    overridden = {document.get("overrides") for document in documents if isinstance(document, dict)}
+    return [one for one in said if one["key"] not in overridden]
 
 
 def inputs_of(request: str) -> dict[str, Any]:
@@ -302,14 +309,14 @@ def worth(record: Record) -> tuple[bool, str]:
 # --- MLflow ---
 
 
-def assessments(said: Iterable[Record], trace: "Trace") -> Iterator[Any]:
-    """MLflow's form of annotations."""
-    from mlflow.entities import Assessment
+def assessments(row: InferenceRow, said: Iterable[Record]) -> list[Any]:
+    """MLflow's form of what was recorded with a trace, as far as it still holds, and of annotations."""
+    from inference_table.mlflow_notes import Notes, as_assessment, document_of, merged
 
-    for one in said:
-        if one["document"] is not None:
-            document = {**json.loads(one["document"]), "trace_id": trace.info.trace_id}
-            yield Assessment.from_dictionary(document)
+    notes = Notes(assessments={one["key"]: document_of(one) for one in said if one["kind"] == "assessment"})
+    info = parsed(row["trace_info"])
+    recorded = info.get("assessments") if isinstance(info, dict) else None
+    return [as_assessment(one) for one in merged(recorded or [], notes, row["trace_id"])]
 
 
 def mlflow_datasets() -> ModuleType:

@@ -186,7 +186,8 @@ class TraceMetrics:
         first, second = (trace_filter(one).sql for one in filters)
         wanted = trace_filter(base)
         sql = f"""
-            select count(*) as total, count_if(a) as first, count_if(b) as second, count_if(a and b) as both
+            select count(*) as total, count(*) filter (a) as first, count(*) filter (b) as second,
+                count(*) filter (a and b) as both
             from (
                 select coalesce({first}, false) as a, coalesce({second}, false) as b
                 from traces where {wanted.sql}

@@ -12,10 +12,11 @@ from datetime import datetime
 from typing import Any, Final
 
 import pyarrow as pa
+from mlflow.entities import Assessment
 
 from inference_table.annotations import Annotation
 
-__all__ = ["Notes", "assessment_note", "gather", "merged", "notes_table"]
+__all__ = ["Notes", "as_assessment", "assessment_note", "document_of", "gather", "merged", "notes_table"]
 
 Document = dict[str, Any]
 
@@ -110,6 +111,15 @@ def merged(recorded: Iterable[Document], notes: Notes, trace_id: str) -> list[Do
         for one in documents.values()
         if one
     ]
+
+
+def as_assessment(document: Document) -> Assessment:
+    """MLflow's object of one of :func:`merged`."""
+    found: Assessment = Assessment.from_dictionary(document)
+    found.valid, found.overrides = document["valid"], document.get("overrides")
+    # Which that of an expectation forgets.
+    found.rationale = document.get("rationale")
+    return found
 
 
 def notes_table(found: Mapping[str, Notes]) -> pa.Table:

@@ -25,16 +25,17 @@ import duckdb
 import pyarrow as pa
 from deltalake import QueryBuilder
 from deltalake.exceptions import DeltaError
-from mlflow.entities import Assessment, Trace, TraceData, TraceInfo
+from mlflow.entities import Trace, TraceData, TraceInfo
 from mlflow.entities.trace_location import TraceLocation
 from mlflow.entities.trace_state import TraceState
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.tracing.constant import SpansLocation, TraceTagKey
 
 from inference_table.annotations import AnnotationLog
-from inference_table.errors import TracelakeError
+from inference_table.errors import TableNotFoundError, TracelakeError
 from inference_table.mlflow_files import TraceFile, microseconds, table_files, trace_files, windows
-from inference_table.mlflow_notes import Notes, gather, merged, notes_table
+from inference_table.mlflow_notes import Notes, as_assessment, gather, merged, notes_table
 from inference_table.mlflow_search import Filter, Order, page_start, page_token
 from inference_table.pending import open_view
 from inference_table.scan import Snapshot, literal, one_line, open_snapshot
@@ -70,6 +71,9 @@ def internal_errors() -> Iterator[None]:
     """Errors of ours as MLflow's, which its server hands to its clients."""
     try:
         yield
+    except TableNotFoundError as error:
+        # Not one that clients take for a passing trouble, and ask again for minutes.
+        raise MlflowException(one_line(error), RESOURCE_DOES_NOT_EXIST) from error
     except (TracelakeError, duckdb.Error, DeltaError) as error:
         raise MlflowException(one_line(error)) from error
 
@@ -259,14 +263,6 @@ def recorded_info(row: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def as_assessment(document: dict[str, Any]) -> Assessment:
-    found = Assessment.from_dictionary(document)
-    found.valid, found.overrides = document["valid"], document.get("overrides")
-    # Which that of an expectation forgets.
-    found.rationale = document.get("rationale")
-    return found
 
 
 def bounded(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:

@@ -61,6 +61,10 @@ ATTRIBUTES: Final = {
     "execution_time_ms": DURATION,
     "end_time_ms": f"({AT}) + coalesce({DURATION}, 0)",
 }
+NUMBERS: Final = frozenset({"timestamp_ms", "execution_time_ms", "end_time_ms"})
+"""Attributes that are compared with numbers."""
+FAR: Final = 10**15
+"""A time in ms beyond all that Python knows."""
 PLAIN: Final = re.compile(r"[ -~]*")
 SPECIAL: Final = frozenset('"\\/')
 """What JSON may write in more than one way, of ASCII's printable characters."""
@@ -160,6 +164,8 @@ def add_clause(found: Filter, clause: dict[str, Any]) -> None:
         )
     elif SearchTraceUtils.is_request_metadata(kind, operator):
         found.conditions.append(metadata_sql(key, operator, value))
+    elif key in NUMBERS and isinstance(value, str):
+        raise invalid(f"Invalid value {value!r} for '{key}': give a number, without quotes")
     elif key == "timestamp_ms":
         SearchTraceUtils.is_attribute(kind, key, operator)
         add_time(found, operator, value)
@@ -187,7 +193,18 @@ def compared(sql: str, operator: str, value: Any) -> str:
 
 
 def constant(value: Any) -> str:
-    return str(value) if isinstance(value, int | float) else literal(str(value))
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
+        return str(value)
+    return number(value) if isinstance(value, int | float) else literal(str(value))
+
+
+def number(value: float) -> str:
+    """A number as SQL; one that is too large for a double is infinite."""
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf if value > 0 else -math.inf
+    return f"'{found!r}'::double"
 
 
 def like_pattern(value: str) -> str:
@@ -214,6 +231,7 @@ def add_time(found: Filter, operator: str, value: float) -> None:
     """A condition on the time, as one that skips files and row groups."""
     if operator not in ("=", "!=", "<", "<=", ">", ">="):
         raise invalid(f"Invalid comparator '{operator}' for timestamp_ms")
+    value = min(max(value, -FAR), FAR)
     first, after = moment(math.ceil(value)), moment(math.floor(value) + 1)
     bounds = {"=": (first, after), "!=": (first, after), ">": (after, LATEST), ">=": (first, LATEST)}
     low, high = bounds.get(operator, (EARLIEST, first if operator == "<" else after))
@@ -287,8 +305,8 @@ def value_sql(kind: str, operator: str, value: Any) -> str:
     path = f"coalesce(assessment->'/{kind}/value', try(json(assessment->>'/{kind}/serialized_value/value')))"
     text = f"json_extract_string({path}, '$')"
     if operator in SearchTraceUtils.NUMERIC_ASSESSMENT_COMPARATORS:
-        number = f"json_type({path}) in ('DOUBLE', 'BIGINT', 'UBIGINT', 'HUGEINT')"
-        return f"{number} and try_cast({text} as double) {operator} {float(value)!r}"
+        is_numeric = f"json_type({path}) in ('DOUBLE', 'BIGINT', 'UBIGINT', 'HUGEINT')"
+        return f"{is_numeric} and try_cast({text} as double) {operator} {number(value)}"
     if operator not in ("=", "!="):
         return f"({compared(text, operator, value)} or {compared(f'{path}::varchar', operator, value)})"
     same = f"{text} = {literal(value)} or {path}::varchar = {literal(value)}"
@@ -388,6 +406,13 @@ class Order:
     def columns(self) -> str:
         return ", ".join(f"{sql} as k{number}" for number, (sql, _) in enumerate(self.keys))
 
+    def takes(self, values: Sequence[Any]) -> bool:
+        """Whether these may be the keys of a row."""
+        return len(values) == len(self.keys) and all(
+            sql not in (TIME, ID) if value is None else type(value) is (int if sql in INTEGERS else str)
+            for (sql, _), value in zip(self.keys, values, strict=True)
+        )
+
     def after(self, values: Sequence[Any]) -> str:
         """The condition that a row comes after the one with these keys."""
         later, same = [], list[str]()
@@ -401,6 +426,10 @@ class Order:
 
 TIME: Final = "epoch_us(request_time)"
 ID: Final = "databricks_request_id"
+NO_ORDER: Final = "0"
+"""All traces of the table are in one experiment."""
+INTEGERS: Final = frozenset({TIME, DURATION, ATTRIBUTES["end_time_ms"], NO_ORDER})
+"""Order keys that are no texts."""
 
 
 def trace_order(order_by: Sequence[str] | None) -> Order:
@@ -428,7 +457,7 @@ def order_sql(kind: str, key: str) -> str:
     if key == "timestamp_ms":
         return TIME
     if key == "experiment_id":
-        return "0"
+        return NO_ORDER
     if key in ATTRIBUTES:
         return ATTRIBUTES[key]
     raise invalid(f"Invalid order_by field '{kind}.{key}': an inference table has no such field")
@@ -451,8 +480,6 @@ def page_start(token: str | None, order: Order) -> list[Any] | None:
         values = json.loads(base64.urlsafe_b64decode(token))["after"]
     except (ValueError, TypeError, KeyError):
         values = None
-    if not isinstance(values, list) or len(values) != len(order.keys):
-        raise invalid(f"Invalid page token {token!r}: give the one that the page before came with")
-    if not all(value is None or isinstance(value, str | int | float) for value in values):
+    if not isinstance(values, list) or not order.takes(values):
         raise invalid(f"Invalid page token {token!r}: give the one that the page before came with")
     return values

@@ -9,20 +9,26 @@ Traces that an evaluation makes go to another experiment.
 
 Names of MLflow that are not for users: ``SqlAlchemyStore`` and its trace methods, ``ManagedSessionMaker``,
 ``_get_artifact_location``, ``_delete_traces``, ``_validate_max_results_param``, ``_validate_trace_tag``,
-``SqlExperiment``, ``SqlTraceInfo`` and ``trace_correlation.calculate_npmi_from_counts``. Tested with 3.17.2.
+``SqlExperiment``, ``SqlTraceInfo``, ``trace_correlation.calculate_npmi_from_counts``,
+``_artifact_repository_registry``, ``LocalArtifactRepository`` and ``MlflowArtifactsRepository``. Tested with
+3.17.2.
 """
 
 # mypy: disable-error-code="no-untyped-call,no-any-unimported"
 # MLflow is typed in part only.
 
 import json
+import sqlite3
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, replace
 from typing import Any, Final
+from urllib.parse import unquote, urlsplit
 
+from mlflow import get_tracking_uri
 from mlflow.entities import (
     Assessment,
     Expectation,
@@ -37,6 +43,9 @@ from mlflow.entities.trace_metrics import MetricDataPoint
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.store.analytics.trace_correlation import calculate_npmi_from_counts
+from mlflow.store.artifact.artifact_repository_registry import _artifact_repository_registry
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
 from mlflow.store.entities.paged_list import PagedList
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as SqlRegistryStore
 from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlExperimentTag, SqlTraceInfo
@@ -44,9 +53,11 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracing.analysis import TraceFilterCorrelationResult
 from mlflow.tracing.constant import TraceMetadataKey, TraceTagKey
 from mlflow.utils.validation import _validate_trace_tag
+from sqlalchemy.exc import DatabaseError  # type: ignore[import-not-found,unused-ignore]  # of full MLflow
 
 from inference_table.annotations import Annotation
-from inference_table.mlflow_location import StoreLocation, store_location
+from inference_table.errors import SettingsError
+from inference_table.mlflow_location import SCHEME, StoreLocation, store_location
 from inference_table.mlflow_metrics import MetricQuery, TraceMetrics
 from inference_table.mlflow_notes import assessment_note
 from inference_table.mlflow_rows import TraceRows, internal_errors
@@ -56,6 +67,8 @@ __all__ = ["InferenceTableStore", "registry_store", "tracking_store"]
 
 MAX_LINKS: Final = 100
 """Traces that a call may link to a run, as MLflow limits it."""
+SERVER_ARTIFACTS: Final = "mlflow-artifacts"
+"""Scheme of the artifacts of runs that a server made; MLflow's own client asks a server for them."""
 METRIC_ARGUMENTS: Final = (*(one.name for one in fields(MetricQuery)), "page_token")
 KIND_TAG: Final = "mlflow.experimentKind"
 KIND: Final = "genai_development"
@@ -70,8 +83,45 @@ def tracking_store(store_uri: str, artifact_uri: str | None = None) -> "Inferenc
 def registry_store(store_uri: str) -> SqlRegistryStore:
     """MLflow's model registry, which holds prompts too, in the same SQLite file."""
     location = store_location(store_uri)
-    with location.making():
+    _artifact_repository_registry.register(SERVER_ARTIFACTS, server_artifacts)
+    with making_state(location):
         return SqlRegistryStore(location.database_uri)
+
+
+def server_artifacts(uri: str, tracking_uri: str | None = None, registry_uri: str | None = None) -> Any:
+    """The folder of artifacts that a server calls ``mlflow-artifacts:/...``, for who opens the table itself.
+
+    Raises:
+        MlflowException: the URI leads out of it.
+    """
+    store = tracking_uri or get_tracking_uri()
+    if not store.startswith(f"{SCHEME}:"):
+        return MlflowArtifactsRepository(uri, tracking_uri, registry_uri)
+    root = store_location(store).artifacts
+    folder = root / unquote(urlsplit(uri).path).lstrip("/")
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise MlflowException.invalid_parameter_value(f"Cannot use the artifacts {uri!r}: not in '{root}'")
+    return LocalArtifactRepository(str(folder))
+
+
+@contextmanager
+def making_state(location: StoreLocation) -> Iterator[None]:
+    """Within it the SQLite file is made or opened.
+
+    Raises:
+        SettingsError: it can't be made, or is none.
+    """
+    with location.making():
+        try:
+            yield
+        except DatabaseError as error:
+            # Those below it, such as that it is locked, are another matter.
+            if type(error.orig) is not sqlite3.DatabaseError:
+                raise
+            raise SettingsError(
+                f"cannot read MLflow's experiments and runs in '{location.state}': {error.orig}; put a copy "
+                "in its place, or move it away to begin with none (traces and feedback are elsewhere)"
+            ) from error
 
 
 class InferenceTableStore(SqlAlchemyStore):  # type: ignore[misc,unused-ignore]  # untyped, where it is
@@ -82,12 +132,13 @@ class InferenceTableStore(SqlAlchemyStore):  # type: ignore[misc,unused-ignore] 
         artifact_uri: where artifacts of runs go; by default a folder beside the SQLite file.
 
     Raises:
-        SettingsError: the URI names no table, or the SQLite file can't be made.
+        SettingsError: the URI names no table, or the SQLite file can't be made, or is none.
     """
 
     def __init__(self, store_uri: str, artifact_uri: str | None = None) -> None:
         location = store_location(store_uri)
-        with location.making():
+        _artifact_repository_registry.register(SERVER_ARTIFACTS, server_artifacts)
+        with making_state(location):
             super().__init__(location.database_uri, artifact_uri or str(location.artifacts))
             self.experiment_id = self._own_experiment(location)
         self.rows = TraceRows(location.settings, self.experiment_id)
@@ -113,7 +164,7 @@ class InferenceTableStore(SqlAlchemyStore):  # type: ignore[misc,unused-ignore] 
                 )
                 tags = [
                     ExperimentTag(KIND_TAG, KIND),
-                    ExperimentTag("tracelake.table", location.settings.absolute_uri),
+                    ExperimentTag("tracelake.table", location.settings.uri),
                 ]
                 experiment.tags = [SqlExperimentTag(key=one.key, value=one.value) for one in tags]
                 session.add(self._with_workspace_field(experiment))
@@ -289,6 +340,7 @@ class InferenceTableStore(SqlAlchemyStore):  # type: ignore[misc,unused-ignore] 
             MlflowException: there is no such trace, or the tag is not valid.
         """
         if (request_id := self._request_id(trace_id)) is None:
+            super().get_trace_info(trace_id)  # else what SQLite says of a foreign key
             super().set_trace_tag(trace_id, key, value)
             return
         key, value = _validate_trace_tag(key, str(value))
@@ -479,7 +531,7 @@ class InferenceTableStore(SqlAlchemyStore):  # type: ignore[misc,unused-ignore] 
             return
         raise MlflowException.invalid_parameter_value(
             f"Cannot {action} the experiment {experiment_id}: it is the inference table "
-            f"'{self.rows.settings.absolute_uri}', whose rows are recorded by the endpoint alone; "
+            f"'{self.rows.settings.uri}', whose rows are recorded by the endpoint alone; "
             "choose another experiment with mlflow.set_experiment()"
         )
 

@@ -22,10 +22,15 @@ FEEDBACK: Final = "feedback"
 FEEDBACK_SQL: Final = """
 select databricks_request_id, trace_id, name, type, value, rationale, source_type, source_id,
     annotation_time as feedback_time
-from {}
-where type is not null"""
-"""The query behind it, over the assessments that hold now. One without a type says that the one which was
-recorded with the trace is deleted."""
+from {0} as said
+where type is not null and not exists (
+    from {0} as later
+    where try(later.document->>'$.overrides') = said.key
+    and coalesce(later.databricks_request_id, later.trace_id)
+        = coalesce(said.databricks_request_id, said.trace_id)
+)"""
+"""The query behind it, over the assessments that hold now: no other overrides them. One without a type says
+that the one which was recorded with the trace is deleted."""
 
 LISTINGS: Final = re.compile(
     r"\b(show|information_schema|duckdb_\w+|pg_catalog|sqlite_master)\b|\bquery(_table)?\s*\(", re.IGNORECASE

@@ -94,6 +94,9 @@ class Opinion:
             found: dict[str, Any] = assessment.to_dictionary()  # type: ignore[no-untyped-call]  # MLflow's
         except (MlflowException, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"MLflow doesn't take the value: {error}") from error
+        if "value" in found[self.type]:
+            # Protocol buffers make a double of every number.
+            found[self.type]["value"] = self.value
         return {name: value for name, value in found.items() if value != ""}
 
 

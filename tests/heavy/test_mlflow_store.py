@@ -22,12 +22,14 @@ from mlflow.entities.trace_metrics import AggregationType, MetricAggregation, Me
 from mlflow.entities.trace_state import TraceState
 from mlflow.exceptions import MlflowException
 from mlflow.genai import scorer
+from mlflow.tracking import fluent
 
 from inference_table.annotations import Annotation, AnnotationLog
 from inference_table.commit import Committer, open_or_create_table
 from inference_table.errors import SettingsError
 from inference_table.mlflow_location import store_location, store_uri
-from inference_table.mlflow_store import InferenceTableStore
+from inference_table.mlflow_search import page_token
+from inference_table.mlflow_store import InferenceTableStore, registry_store
 from inference_table.settings import StorageSettings
 from inference_table.spool import Spool
 from inference_table.table import InferenceTable
@@ -64,8 +66,11 @@ def store(uri: str) -> InferenceTableStore:
 
 
 @pytest.fixture
-def experiment(uri: str, store: InferenceTableStore) -> Iterator[str]:
+def experiment(uri: str, store: InferenceTableStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """MLflow's client at the table, by direct URI; the id of its experiment."""
+    # What a test sets by `set_experiment` would be the experiment of those that follow in this process.
+    monkeypatch.setattr(fluent, "_active_experiment_id", None)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")
     mlflow.set_tracking_uri(uri)
     yield store.experiment_id
     mlflow.set_tracking_uri(None)
@@ -152,6 +157,9 @@ FILTERS = {
     "status IN ('ERROR', 'IN_PROGRESS')": 1,
     "name RLIKE '^sup+'": ROWS,
     "name LIKE 'SUPPORT'": 0,
+    f"execution_time_ms < {10**40} AND execution_time_ms > -{10**400}": ROWS,
+    "timestamp_ms < 1e999 AND end_time_ms < 1e999": ROWS,
+    "feedback.none > 1e999": 0,
     "trace.text LIKE '%there is no order%'": 1,
 }
 
@@ -181,6 +189,8 @@ def test_the_search_box_takes_text_as_it_was_typed(store: InferenceTableStore, t
         "prompt LIKE 'x'",
         "feedback.x > 'text'",
         "timestamp_ms LIKE '1%'",
+        "timestamp_ms > '5'",
+        "execution_time_ms > 'x'",
     ],
 )
 def test_what_is_not_known_is_refused(store: InferenceTableStore, filter_string: str) -> None:
@@ -213,9 +223,19 @@ def test_orders_put_nulls_last_and_pages_join(store: InferenceTableStore) -> Non
     assert teams == sorted(teams)
 
 
-@pytest.mark.parametrize("token", ["x", "eyJvZmZzZXQiOiAxfQ==", "eyJhZnRlciI6IFsxXX0="])
+@pytest.mark.parametrize(
+    "token",
+    [
+        "x",
+        "eyJvZmZzZXQiOiAxfQ==",
+        "eyJhZnRlciI6IFsxXX0=",
+        page_token([None, None]),
+        page_token(["support", "an id"]),
+        page_token([1.5, "an id"]),
+    ],
+)
 def test_a_token_of_another_list_is_refused(store: InferenceTableStore, token: str) -> None:
-    """MLflow's own tokens count rows, which move while rows are added."""
+    """MLflow's own tokens count rows, which move while rows are added; ours are of one order."""
     with pytest.raises(MlflowException, match="page token"):
         search(store, page_token=token)
 
@@ -311,6 +331,34 @@ def test_feedback_of_a_chat_front_end_is_mlflows_and_back(
     assert not names(store, trace_id)
 
 
+def test_a_golden_sets_traces_have_the_assessments_of_the_store(
+    store: InferenceTableStore, table: InferenceTable, folder: Path
+) -> None:
+    """Also what was said without MLflow's document; what is overridden is not valid there either."""
+    info = search(store)[40]
+    plain = Annotation(
+        kind="assessment",
+        key="a-plain",
+        databricks_request_id=info.client_request_id,
+        name="rule",
+        type="expectation",
+        value='"four days"',
+    )
+    AnnotationLog(settings_of(folder)).append([plain])
+    first = store.create_assessment(Feedback(name="tidy", value=1, trace_id=info.trace_id))
+    store.create_assessment(
+        Feedback(name="tidy", value=2, trace_id=info.trace_id, overrides=first.assessment_id)
+    )
+    golden = table.golden(f"trace_id = '{info.trace_id}'")
+    [trace] = golden.traces()
+    assert [(one.name, one.value, one.valid) for one in trace.info.assessments] == [
+        ("rule", "four days", True),
+        ("tidy", 1, False),
+        ("tidy", 2, True),
+    ]
+    assert trace.info.assessments == store.get_trace_info(info.trace_id).assessments
+
+
 def test_feedback_is_searched_by_value(experiment: str, store: InferenceTableStore) -> None:
     """Numbers, booleans, text and expectations; what is overridden counts no more."""
     first, second, third = (one.trace_id for one in search(store)[5:8])
@@ -377,6 +425,9 @@ def test_tags_are_set_changed_and_deleted(experiment: str, store: InferenceTable
     mlflow.delete_trace_tag(trace_id, "re/view: ed")
     with pytest.raises(MlflowException, match="re/view"):
         mlflow.delete_trace_tag(trace_id, "re/view: ed")
+    with pytest.raises(MlflowException, match="tr-none") as caught:
+        mlflow.set_trace_tag("tr-none", "team", "sales")
+    assert caught.value.error_code == "RESOURCE_DOES_NOT_EXIST"
 
 
 @scorer
@@ -542,6 +593,17 @@ def test_filters_are_correlated(store: InferenceTableStore) -> None:
     )
     assert (found.filter1_count, found.filter2_count, found.joint_count, found.total_count) == (1, 1, 1, ROWS)
     assert found.npmi == 1.0
+    none = store.calculate_trace_filter_correlation([store.experiment_id], FAILED, FAILED, "name = 'none'")
+    assert (none.filter1_count, none.joint_count, none.total_count) == (0, 0, 0)
+
+
+def test_a_table_that_is_gone_is_not_asked_again(tmp_path: Path) -> None:
+    """Clients repeat what fails with an internal error, for minutes."""
+    folder = tmp_path / "payload"
+    store = InferenceTableStore(store_uri(StorageSettings(uri=str(folder))))
+    with pytest.raises(MlflowException, match="no Delta table") as caught:
+        search(store)
+    assert caught.value.error_code == "RESOURCE_DOES_NOT_EXIST"
 
 
 def test_a_row_that_waits_in_the_spool_takes_feedback(
@@ -570,7 +632,7 @@ def test_the_address_of_a_store(tmp_path: Path) -> None:
     assert local.settings.local_path == tmp_path / "a b" / "payload"
     assert local.state == tmp_path / "a b" / "payload.mlflow.db"
     remote = store_location(f"inference-table:s3://bucket/agents/support?state_dir={tmp_path}")
-    assert remote.settings.absolute_uri == "s3://bucket/agents/support"
+    assert remote.settings.uri == "s3://bucket/agents/support"
     assert remote.experiment_name == "support"
     assert remote.state.parent == tmp_path
     again = store_location(store_uri(remote.settings, "/elsewhere"))
@@ -585,6 +647,33 @@ def test_a_state_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="--state-dir"):
         InferenceTableStore(f"inference-table://{tmp_path}/payload?state_dir={tmp_path}/file/below")
+
+
+def test_a_state_that_is_no_database_is_an_error(tmp_path: Path) -> None:
+    """It names the file, and says what is not lost with it."""
+    location = store_location(f"inference-table://{tmp_path}/payload")
+    location.state.write_bytes(random.Random(1).randbytes(20_000))
+    for opened in (InferenceTableStore, registry_store):
+        with pytest.raises(SettingsError, match=f"(?s){location.state.name}.*move it away"):
+            opened(f"inference-table://{tmp_path}/payload")
+
+
+@pytest.mark.usefixtures("experiment")
+def test_artifacts_that_a_server_stored_are_found_without_it(
+    store: InferenceTableStore, uri: str, tmp_path: Path
+) -> None:
+    """``tracelake ui`` gives runs addresses that lead to a server; a client of the table knows the folder."""
+    made = store.create_experiment("made by a server", artifact_location="mlflow-artifacts:/77")
+    (tmp_path / "note.txt").write_text("seen")
+    with mlflow.start_run(experiment_id=made) as run:
+        mlflow.log_artifact(str(tmp_path / "note.txt"), "notes")
+    assert run.info.artifact_uri == f"mlflow-artifacts:/77/{run.info.run_id}/artifacts"
+    kept = store_location(uri).artifacts / "77" / run.info.run_id / "artifacts" / "notes" / "note.txt"
+    assert kept.read_text() == "seen"
+    assert mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/notes/note.txt") == "seen"
+    outside = "mlflow-artifacts:/77/../../outside"
+    with pytest.raises(MlflowException, match="Cannot use the artifacts"):
+        mlflow.artifacts.list_artifacts(artifact_uri=outside)
 
 
 def test_questions_are_previews(store: InferenceTableStore) -> None:

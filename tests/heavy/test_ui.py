@@ -292,6 +292,13 @@ def test_a_port_that_is_taken_is_an_error(folder: Path) -> None:
     assert "in use" in said and "--port" in said
 
 
+def test_a_state_that_cannot_be_made_is_an_error(folder: Path, tmp_path: Path) -> None:
+    """It is said at once, by us, and how to choose another place."""
+    (tmp_path / "file").write_text("")
+    said = ended("--table", str(folder / "payload"), "--state-dir", str(tmp_path / "file" / "below"))
+    assert said.startswith("Error: ") and "--state-dir" in said and said.count("\n") == 1
+
+
 def test_a_table_in_an_object_store(tmp_path: Path) -> None:
     """Listed, searched, opened and judged as one on disk; the state lies where it was told to."""
     import httpx

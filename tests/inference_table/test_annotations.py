@@ -277,7 +277,7 @@ def test_threads_and_processes_at_once(settings: StorageSettings, log: Annotatio
         for name in "xyz"
     ]
     try:
-        wait_for(lambda: Path(log.uri).exists() and len(written(log)) > 20, "some annotations", 120)
+        wait_for(lambda: log.version is not None and len(written(log)) > 20, "some annotations", 120)
         merge_small_files(StorageSettings(uri=log.uri))
         said = [line for writer in writers for line in writer.communicate(timeout=120)[0].split()]
     finally:

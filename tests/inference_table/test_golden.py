@@ -158,6 +158,20 @@ def test_what_is_said_by_trace_id_counts(table: InferenceTable, ids: list[str]) 
     assert withdrawn["feedback"] == []
 
 
+def test_overridden_feedback_is_not_said(
+    table: InferenceTable, settings: StorageSettings, ids: list[str]
+) -> None:
+    """MLflow keeps both; what holds is the later one."""
+    AnnotationLog(settings).append(
+        [
+            said(ids[2], "tone", "1", key="a-first"),
+            said(ids[2], "tone", "2", document='{"feedback": {"value": 2}, "overrides": "a-first"}'),
+        ]
+    )
+    [failed] = golden(table, "status_code = 500")
+    assert [one["value"] for one in failed["feedback"] if one["name"] == "tone"] == [2]
+
+
 def test_bodies_of_any_form(table: InferenceTable, ids: list[str]) -> None:
     """What is no JSON object, and what says how to answer rather than what."""
     found = {record["databricks_request_id"]: record for record in golden(table, "true")}

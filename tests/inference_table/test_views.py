@@ -655,6 +655,8 @@ def test_feedback_is_what_holds_now(tmp_path: Path) -> None:
     log.append([Annotation(kind="tag", key="t", value='"x"', **both)])
     # What MLflow's store leaves where an assessment is deleted that was recorded with the trace.
     log.append([Annotation(kind="assessment", key="recorded", **both)])
+    log.append([assessment("overridden", "0195-000001", value="1")])
+    log.append([assessment("a", "0195-000001", **changed, document='{"overrides": "overridden"}')])
     [row] = table.query("select feedback.*, last_user_message from feedback join requests using (trace_id)")
     assert row.pop("feedback_time").utcoffset() == timedelta(0)
     assert row == {**both, "name": "helpful", "type": "feedback", **changed, "last_user_message": "A"}

@@ -110,7 +110,7 @@ def test_any_value(endpoint: str, settings: StorageSettings, value: Any, kind: s
     assert (row["source_type"], row["source_id"]) == ("HUMAN", "ann")
     assessment = Assessment.from_dictionary(json.loads(row["document"]))
     assert isinstance(assessment, Feedback if kind == "feedback" else Expectation)
-    assert assessment.value == value
+    assert json.dumps(assessment.value) == json.dumps(value)  # 0 is not 0.0
     assert assessment.name == "quality"
     assert assessment.assessment_id == row["key"] == reply.json()["feedback_id"]
     assert (assessment.source.source_type, assessment.source.source_id) == ("HUMAN", "ann")
