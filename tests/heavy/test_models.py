@@ -1,5 +1,6 @@
 """MLflow models of all kinds, served from where they were saved."""
 
+import gc
 import json
 import os
 import subprocess
@@ -29,7 +30,8 @@ from tests.serving.recorded import (
 )
 from tests.support import ROOT, free_port, output_of, rows, served
 
-pytestmark = pytest.mark.heavy
+# LangChain's clients are never closed, and are collected whenever that may be.
+pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")]
 
 pytest.importorskip("mlflow.pyfunc", reason="needs the extra `heavy`: make test-all")
 pytest.importorskip("langchain_openai", reason="needs the extra `heavy`: make test-all")
@@ -56,6 +58,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         for name, value in variables.items():
             patch.setenv(name, value)
         yield variables
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
