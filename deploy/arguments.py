@@ -3,15 +3,32 @@
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from inference_table.errors import DeploymentError
 from inference_table.settings import StorageSettings, parse_bool
 
-__all__ = ["OURS", "check_arguments", "check_engine", "check_traffic", "is_secret", "storage_of"]
+__all__ = [
+    "COUNT",
+    "OURS",
+    "PORT",
+    "SECONDS",
+    "Bounds",
+    "check_arguments",
+    "check_engine",
+    "check_traffic",
+    "is_secret",
+    "storage_of",
+]
 
 VARIABLE: Final = re.compile(r"[A-Z_][A-Z0-9_]*")
-SECRET: Final = re.compile(r"(^|_)(KEY|KEYS|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|DSN)(_|$)")
+SECRET: Final = re.compile(
+    r"((^|_)(KEYS?|TOKEN|SECRET|CREDENTIALS?|DSN|CONNECTION_STRING|PASS|PASSPHRASE)"
+    # Also PGPASSWORD and OPENAI_APIKEY.
+    r"|PASSWORD|PASSWD|APIKEY|_PWD)(_|$)"
+)
+URL_PASSWORD: Final = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 OURS: Final = frozenset(
     {
         "INFERENCE_TABLE_SERVED_ENTITY",
@@ -30,23 +47,48 @@ VERSIONS_AT_ONCE: Final = 2
 """That take traffic: an endpoint that is told apart by two ``served_entity_id`` can be compared."""
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """What a number may be: from ``least`` to ``most``, which None leaves open."""
+
+    least: int
+    most: int | None = None
+    is_whole: bool = True
+
+    def accept(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int if self.is_whole else int | float):
+            return False
+        return self.least <= value and (self.most is None or value <= self.most)
+
+    def __str__(self) -> str:
+        kind = "whole number" if self.is_whole else "number"
+        limits = f"of at least {self.least}" if self.most is None else f"from {self.least} to {self.most:,}"
+        return f"a {kind} {limits}"
+
+
+COUNT: Final = Bounds(1)
+PORT: Final = Bounds(0, 65_535)
+SECONDS: Final = Bounds(0, 365 * 24 * 3600, is_whole=False)
+"""A year: timers of the system take no infinite time."""
+
+
 def check_arguments(
     environment_vars: Mapping[str, str] | None,
     tags: Mapping[str, str] | None,
-    numbers: Mapping[str, tuple[Any, float]],
+    numbers: Mapping[str, tuple[Any, Bounds]],
 ) -> None:
     """Refuse arguments that can't be carried out, all of them in one message.
 
     Args:
-        numbers: by argument, the value and the least that is accepted.
+        numbers: by argument, the value and what is accepted.
 
     Raises:
         DeploymentError: something is amiss.
     """
     problems = [
-        f"{name} is {value!r}: give a number of at least {least:g}"
-        for name, (value, least) in numbers.items()
-        if value is not None and not (is_number(value) and value >= least)
+        f"{name} is {value!r}: give {bounds}"
+        for name, (value, bounds) in numbers.items()
+        if value is not None and not bounds.accept(value)
     ]
     problems += variable_problems(environment_vars)
     problems += [
@@ -56,10 +98,6 @@ def check_arguments(
     ]
     if problems:
         raise DeploymentError(f"cannot deploy: {'; '.join(problems)}")
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def mapping(given: Any, name: str, problems: list[str]) -> Mapping[Any, Any]:
@@ -94,9 +132,9 @@ def variable_problems(environment_vars: Any) -> list[str]:
     return problems
 
 
-def is_secret(name: str) -> bool:
-    """Whether the name of a variable says that its value is nobody's business."""
-    return SECRET.search(name) is not None
+def is_secret(name: str, value: str) -> bool:
+    """Whether a variable's value is nobody's business: by its name, or as a URL with a password."""
+    return SECRET.search(name) is not None or URL_PASSWORD.search(value) is not None
 
 
 def is_true(text: str) -> bool:

@@ -19,6 +19,8 @@ FOREIGN: Final = frozenset(
 )
 """Options of a deployment that another program decides on by its own means."""
 DEFAULTS: Final[Mapping[str, Any]] = {"drain_seconds": 60.0, "engine": "local", "wait_seconds": 60.0}
+MARK: Final = "See docs/deploy-elsewhere.md."
+"""In the first line of what was rendered: such a file may be replaced, another `Dockerfile` is the user's."""
 SETTINGS: Final = {
     "max_request_bytes": "TRACELAKE_MAX_REQUEST_BYTES",
     "max_concurrency": "TRACELAKE_MAX_CONCURRENCY",
@@ -30,7 +32,7 @@ def write_artifacts(
 ) -> list[Path]:
     """Write the files.
 
-    A variable whose name says that it is a secret is named in them, without its value.
+    A variable that is a secret, by its name or as a URL with a password, is named in them, without its value.
 
     Args:
         kind: ``systemd``, ``kubernetes`` or ``docker``.
@@ -51,14 +53,15 @@ def write_artifacts(
     check_arguments(environment, None, {})
     working_dir = Path(given.get("working_dir", ".")).absolute()
     found = agent_of(agent, given.get("version"), working_dir)
+    secrets = tuple(name for name, value in environment.items() if is_secret(name, value))
     plan = RenderPlan(
         endpoint_name=given.get("endpoint_name") or found.endpoint_name,
         agent=found.given,
         working_dir=None if found.is_model else working_dir,
         table=given.get("table") or os.environ.get("INFERENCE_TABLE_URI") or "./tracelake-data/payload",
         replicas=given.get("num_replicas", 1),
-        secrets=tuple(name for name in environment if is_secret(name)),
-        environment={name: value for name, value in environment.items() if not is_secret(name)}
+        secrets=secrets,
+        environment={name: value for name, value in environment.items() if name not in secrets}
         | {name: str(given[option]) for option, name in SETTINGS.items() if option in given},
         **{
             name: given[name]
@@ -67,11 +70,35 @@ def write_artifacts(
         },
     )
     texts = render(kind, plan)
+    code = output / CODE if kind == "docker" and not plan.is_model else None
+    check_free([output / name for name in texts], code)
     output.mkdir(parents=True, exist_ok=True)
     written = [path for name, text in texts.items() if write(path := output / name, text)]
-    if kind == "docker" and not plan.is_model:
-        written.append(copy_code(working_dir, output / CODE))
+    if code is not None:
+        freeze(working_dir, code)
+        written.append(code)
     return written
+
+
+def check_free(files: list[Path], code: Path | None) -> None:
+    """Refuse to replace what is not ours, before anything is written."""
+    foreign = [f"'{path}'" for path in files if path.suffix != ".env" and path.exists() and not is_ours(path)]
+    if foreign:
+        raise DeploymentError(
+            f"cannot write {', '.join(foreign)}: there is one that tracelake has not made; move it, or give "
+            "another --output"
+        )
+    if code is not None and code.exists():
+        raise DeploymentError(
+            f"cannot copy the agent's code to '{code}': it is there; remove it, or give another --output"
+        )
+
+
+def is_ours(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return MARK in file.readline()
 
 
 def write(path: Path, text: str) -> bool:
@@ -86,12 +113,3 @@ def write(path: Path, text: str) -> bool:
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
     return True
-
-
-def copy_code(working_dir: Path, to: Path) -> Path:
-    if to.exists():
-        raise DeploymentError(
-            f"cannot copy the agent's code to '{to}': it is there; remove it, or give another --output"
-        )
-    freeze(working_dir, to)
-    return to

@@ -50,6 +50,10 @@ class Channel:
         self._loop.add_reader(end.fileno(), self.read)
 
     @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    @property
     def waiting(self) -> int:
         """Messages that the other side has had no room for."""
         return len(self._outbox)
@@ -110,8 +114,9 @@ class Channel:
             *lines, self._received = self._received.split(b"\n")
             for line in lines:
                 message: Message = json.loads(line)
-                with_connection = message.get("connection", False)
-                self._on_message(message, self._descriptors.popleft() if with_connection else None)
+                # One that this process had no descriptor left for was closed by the system.
+                has_connection = message.get("connection", False) and self._descriptors
+                self._on_message(message, self._descriptors.popleft() if has_connection else None)
 
     def undelivered(self) -> list[socket.socket]:
         """Take back the connections that have not been sent."""

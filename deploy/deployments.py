@@ -1,5 +1,6 @@
 """Deployments: what is deployed, what it does, and how it is deleted."""
 
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +21,9 @@ __all__ = [
     "list_deployments",
 ]
 
+POLL_SECONDS: Final = 0.05
+END_SECONDS: Final = 60.0
+"""What workers may take to end beyond the time to drain: as long as they may flush, and more."""
 WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -178,7 +182,25 @@ def delete_version(folder: EndpointFolder, endpoint: Endpoint, number: str) -> N
             folder.write_endpoint(changed)
             if is_up(folder, endpoint):
                 engine_of(changed).apply(folder, changed)
+    wait_for_end(folder, endpoint, number)
     discard(folder, number)
+
+
+def wait_for_end(folder: EndpointFolder, endpoint: Endpoint, number: str) -> None:
+    """Wait until no worker of a version is left: what they still answer may read the frozen copy.
+
+    Raises:
+        DeploymentError: it takes too long.
+    """
+    engine = engine_of(endpoint)
+    deadline = time.monotonic() + endpoint.drain_seconds + END_SECONDS
+    while (one := engine.state(folder, endpoint).versions.get(number)) is not None and one.state != "failed":
+        if time.monotonic() > deadline:
+            raise DeploymentError(
+                f"cannot delete version {number} of {endpoint.name!r}: its workers have not ended yet; try "
+                "again when they have"
+            )
+        time.sleep(POLL_SECONDS)
 
 
 def status_of(state: State, number: str) -> Status:

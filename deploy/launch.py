@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from deploy.agents import Agent, agent_of
-from deploy.arguments import check_arguments, check_engine, check_traffic, storage_of
+from deploy.arguments import COUNT, PORT, SECONDS, check_arguments, check_engine, check_traffic, storage_of
 from deploy.deployments import Deployment, deployment_of
 from deploy.endpoints import endpoint_lock, engine_of, is_up, reverting
 from deploy.registry import Endpoint, EndpointFolder
@@ -125,15 +125,15 @@ def deploy(
         environment_vars,
         tags,
         {
-            "workers": (workers, 1),
-            "port": (port, 0),
-            "admin_port": (admin_port, 0),
-            "wait_seconds": (wait_seconds, 0),
-            "drain_seconds": (drain_seconds, 0),
-            "max_request_bytes": (max_request_bytes, 1),
-            "max_concurrency": (max_concurrency, 1),
-            "num_replicas": (None if num_replicas == "auto" else num_replicas, 1),
-            "max_ongoing_requests": (max_ongoing_requests, 1),
+            "workers": (workers, COUNT),
+            "port": (port, PORT),
+            "admin_port": (admin_port, PORT),
+            "wait_seconds": (wait_seconds, SECONDS),
+            "drain_seconds": (drain_seconds, SECONDS),
+            "max_request_bytes": (max_request_bytes, COUNT),
+            "max_concurrency": (max_concurrency, COUNT),
+            "num_replicas": (None if num_replicas == "auto" else num_replicas, COUNT),
+            "max_ongoing_requests": (max_ongoing_requests, COUNT),
         },
     )
     check_engine(
@@ -228,9 +228,9 @@ def place(
     )
     storage = storage_of({**plan.environment_vars, **plan.server}, uri, spool or None)
     if engine == "local":
-        return {"table": storage.absolute_uri, "spool_dir": str(storage.spool_dir.absolute())}
+        return {"table": storage.uri, "spool_dir": str(storage.spool_dir)}
     # On a cluster each node has a spool of its own, at the same path unless it is told.
-    return {"table": storage.absolute_uri, "spool_dir": "" if spool is None else spool}
+    return {"table": storage.uri, "spool_dir": "" if spool is None else spool}
 
 
 def changed(

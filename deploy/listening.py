@@ -49,7 +49,10 @@ def listen_anywhere(host: str) -> socket.socket:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError as error:  # such as "a..b", which is never asked for
+        raise socket.gaierror(socket.EAI_NONAME, f"no name of a machine: {error}") from error
     # A name may have addresses of both families; most clients try the older one too.
     family, kind, protocol, _, address = min(addresses, key=lambda found: found[0] != socket.AF_INET)
     listener = socket.socket(family, kind, protocol)

@@ -14,7 +14,7 @@ from typing import Final
 
 from deploy.leftovers import commit_leftovers
 from deploy.log_file import open_log, tail
-from deploy.registry import Endpoint, EndpointFolder, State, is_locked
+from deploy.registry import Endpoint, EndpointFolder, State, is_locked, locked
 from inference_table.errors import DeploymentError
 
 __all__ = ["apply", "logs", "state", "stop"]
@@ -159,8 +159,10 @@ def stop(folder: EndpointFolder, endpoint: Endpoint) -> None:
         time.sleep(POLL_SECONDS)
     found = folder.state()
     if found is not None and found.state not in ENDED:
-        commit_leftovers(folder, endpoint)
-        folder.write_state(replace(found, state="stopped", pid=None, versions={}))
+        # Of a killed supervisor: what they still answer reads the frozen copy, and is recorded.
+        with locked(folder.workers_lock, endpoint.drain_seconds + STOP_SECONDS, "workers that finish"):
+            commit_leftovers(folder, endpoint)
+            folder.write_state(replace(found, state="stopped", pid=None, versions={}))
 
 
 def logs(

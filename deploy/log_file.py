@@ -49,5 +49,5 @@ def cut(path: Path) -> None:
     What they write between the copy and the cut is lost.
     """
     if path.stat().st_size > MAX_BYTES:
-        shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+        shutil.copy(path, path.with_name(f"{path.name}.1"))  # with its mode
         os.truncate(path, 0)

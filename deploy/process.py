@@ -35,6 +35,8 @@ class Launcher:
     logs: Path
     listener: socket.socket
     admin_listener: socket.socket | None
+    lock: int
+    """Descriptor of a file that is locked until all workers have ended, whoever of them is last."""
     environment: dict[str, str]
     """On top of the version's."""
     drain_seconds: float
@@ -63,15 +65,15 @@ class Launcher:
         return worker
 
     def _run(self, version: Version, channel: socket.socket) -> "subprocess.Popen[bytes]":
-        sockets = {"--channel": channel, "--listen": self.listener}
+        shared = {"--channel": channel.fileno(), "--listen": self.listener.fileno(), "--lock": self.lock}
         if self.admin_listener is not None:
-            sockets["--admin"] = self.admin_listener
+            shared["--admin"] = self.admin_listener.fileno()
         # Safe path: the agent's folder may have modules with names of ours; it comes in once these are there.
         environment = {**version.environment, **self.environment}
         if self.admin_listener is None:
             environment.pop(ADMIN_VARIABLE, None)  # the deployer's
         command = [version.python, "-P", "-m", "deploy.worker", f"{self.endpoint}/{version.number}"]
-        command += [text for name, one in sockets.items() for text in (name, str(one.fileno()))]
+        command += [text for name, one in shared.items() for text in (name, str(one))]
         log = open_log(self.logs / f"{version.number}.log")
         try:
             return subprocess.Popen(
@@ -81,7 +83,7 @@ class Launcher:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[one.fileno() for one in sockets.values()],
+                pass_fds=list(shared.values()),
             )
         finally:
             os.close(log)
@@ -120,8 +122,8 @@ class WorkerProcess:
 
     @property
     def is_live(self) -> bool:
-        """Whether it takes requests, or could."""
-        return self.ready.done() and not self.leaving.done()
+        """Whether it takes requests, or could. The channel of one that dies ends before it has ended."""
+        return self.ready.done() and not self.leaving.done() and not self.channel.is_closed
 
     @property
     def served_seconds(self) -> float:

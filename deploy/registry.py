@@ -7,6 +7,7 @@
         endpoint.json       what is wanted: by whom it is deployed, under the lock
         state.json          what is: by the supervisor (engine local), whole at each change
         supervisor.lock     held by the supervisor as long as it lives
+        workers.lock        shared by the supervisor and its workers, as long as any of them lives
         versions/<number>/version.json, and the frozen copy of the agent in `code` or `model`
         logs/<number>.log, logs/supervisor.log
 
@@ -190,6 +191,7 @@ class EndpointFolder:
         root = root or home() / "endpoints"
         self.path = root / name
         self.supervisor_lock = self.path / "supervisor.lock"
+        self.workers_lock = self.path / "workers.lock"
         self.deploy_lock = root / f".{name}.lock"
         self.versions = self.path / "versions"
         self.logs = self.path / "logs"
@@ -248,11 +250,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Replace a file whole. Readable by its owner alone, as temporary files are."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".new-", delete=False) as new:
-        json.dump(document, new, indent=1)
-        new.flush()
-        os.fsync(new.fileno())
-    Path(new.name).replace(path)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    new = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(document, file, indent=1)
+            file.flush()
+            os.fsync(descriptor)
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

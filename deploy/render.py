@@ -263,7 +263,12 @@ def docker(plan: RenderPlan) -> dict[str, str]:
 
 def dockerignore(name: str) -> str:
     """What a frozen copy leaves out by name, and the secrets."""
-    lines = ["# No secrets in an image,", f"{name}.env", KEYS, "# and nothing that is no code."]
+    lines = [
+        "# See docs/deploy-elsewhere.md. No secrets in an image,",
+        f"{name}.env",
+        KEYS,
+        "# and nothing that is no code.",
+    ]
     return (
         "\n".join([*lines, "**/.venv", f"**/*{LEFT_OUT_SUFFIX}", *(f"**/{one}" for one in sorted(LEFT_OUT))])
         + "\n"

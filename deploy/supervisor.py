@@ -8,6 +8,7 @@ It is made of the standard library, so that it is small, starts at once and can'
 
 import argparse
 import asyncio
+import fcntl
 import os
 import shutil
 import signal
@@ -65,11 +66,14 @@ class Supervisor:
         if admin_port is not None:
             environment[ADMIN_VARIABLE] = str(admin_port)
         splitter = Splitter(listener)
+        self._workers_lock = folder.workers_lock.open("ab")
+        fcntl.flock(self._workers_lock, fcntl.LOCK_SH)
         self._launcher = Launcher(
             endpoint=folder.name,
             logs=folder.logs,
             listener=listener,
             admin_listener=admin_listener,
+            lock=self._workers_lock.fileno(),
             environment=environment,
             drain_seconds=endpoint.drain_seconds,
             take_back=splitter.take_back,

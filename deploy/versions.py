@@ -148,10 +148,11 @@ def environment(
         folders = [working_dir / folder for folder in folders]
     # Of a replica, they are relative to where its node has put the copy.
     ours[PYTHON_PATH_VARIABLE] = os.pathsep.join(map(str, folders))
-    if keys := plan.environment_vars.get(KEYS_VARIABLE):
+    given = {**inherited, **plan.environment_vars}
+    if keys := given.get(KEYS_VARIABLE):
         # Relative to where it was given, which isn't where the workers are.
         ours[KEYS_VARIABLE] = str(Path(keys).expanduser().absolute())
-    merged = {**inherited, **plan.environment_vars, **ours, **plan.server}
+    merged = {**given, **ours, **plan.server}
     return {name: value for name, value in merged.items() if name in ours or name not in OURS}
 
 

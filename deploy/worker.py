@@ -1,7 +1,8 @@
 """A worker of engine ``local``: one uvicorn, which serves when and as its supervisor says.
 
-``python -P -m deploy.worker ENDPOINT/VERSION --channel FD --listen FD``; the environment says what it serves.
-It starts without taking a connection and sends ``ready``, or ``failed`` with the reason. Then it obeys:
+``python -P -m deploy.worker ENDPOINT/VERSION --channel FD --listen FD --lock FD``; the environment says what
+it serves. It starts without taking a connection and sends ``ready``, or ``failed`` with the reason. Then it
+obeys:
 
 - ``accept``: take connections from the listening socket.
 - ``release``: take none from there; replies carry ``connection: close``.
@@ -232,6 +233,7 @@ def main() -> None:
     parser.add_argument("name", help="of endpoint and version, for lists of processes")
     parser.add_argument("--channel", type=int, required=True)
     parser.add_argument("--listen", type=int, required=True)
+    parser.add_argument("--lock", type=int, required=True)
     parser.add_argument("--admin", type=int)
     parser.add_argument("--drain-seconds", type=float, default=60.0)
     given = parser.parse_args()
@@ -239,6 +241,7 @@ def main() -> None:
     admin = None if given.admin is None else socket.socket(fileno=given.admin)
     for one in filter(None, (end, public, admin)):
         one.set_inheritable(False)  # not to what the agent starts
+    os.set_inheritable(given.lock, False)
     faulthandler.enable()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # what it prints is in the log if it is killed
     watch = Watch(end, given.drain_seconds)

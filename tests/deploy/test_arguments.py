@@ -1,5 +1,6 @@
 """What ``deploy()`` refuses before anything is made of it, and what an agent argument means."""
 
+import math
 import os
 import subprocess
 import sys
@@ -42,6 +43,27 @@ def test_all_that_is_wrong_is_named_in_one_message(tmp_path: Path, home: Path) -
     for part in ("TRACELAKE_APP is set by deploy()", "the tag 'team'", "workers is 0"):
         assert part in message
     assert "GOOD" not in message
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"port": 70_000}, "port is 70000: give a whole number from 0 to 65,535"),
+        ({"port": 8123.5}, "port is 8123.5: give a whole number"),
+        ({"admin_port": -1}, "admin_port is -1: give a whole number from 0 to"),
+        ({"workers": 1.5}, "workers is 1.5: give a whole number of at least 1"),
+        ({"workers": True}, "workers is True"),
+        ({"drain_seconds": math.inf}, "drain_seconds is inf: give a number from 0 to 31,536,000"),
+        ({"wait_seconds": math.nan}, "wait_seconds is nan"),
+    ],
+)
+def test_numbers_that_no_process_can_use_are_refused(
+    home: Path, options: dict[str, Any], message: str
+) -> None:
+    """Before a supervisor or a worker fails with them; of a port, the system takes the lower bits."""
+    with pytest.raises(DeploymentError, match=message):
+        deploy("my_agent:app", **options)
     assert not home.exists()
 
 

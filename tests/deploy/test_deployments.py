@@ -38,6 +38,20 @@ def predict(request: dict) -> dict:
 """
 
 
+SLOW_AGENT = """
+import time
+from pathlib import Path
+
+
+def predict(request: dict) -> dict:
+    sign = Path(request["wait_for"])
+    Path(f"{sign}.asked").touch()
+    while not sign.exists():
+        time.sleep(0.02)
+    return {"prompt": Path("prompt.txt").read_text()}
+"""
+
+
 @dataclass(frozen=True)
 class Place:
     """A folder with an agent, and what is deployed from it."""
@@ -248,6 +262,53 @@ def test_deleting_the_newest_sends_traffic_back(place: Place) -> None:
         delete_deployment("my_agent")
 
 
+def test_a_version_is_deleted_when_it_has_answered(place: Place) -> None:
+    """Until then it may read what is in its copy: a request that was taken before is answered as ever."""
+    place.deploy()
+    (place.folder / "prompt.txt").write_text("be kind")
+    (place.folder / "my_agent.py").write_text(SLOW_AGENT)
+    second = place.deploy(drain_seconds=60)
+    replies: list[dict[str, Any]] = []
+    asking = threading.Thread(target=lambda: replies.append(ask(second, wait_for=str(place.folder / "go"))))
+    asking.start()
+    wait_for((place.folder / "go.asked").exists, "the request to arrive")
+    deleting = threading.Thread(target=delete_deployment, args=("my_agent", 2))
+    deleting.start()
+    wait_for(lambda: second.status().state == "draining", "the other version to take over")
+    (place.folder / "go").touch()
+    for thread in (asking, deleting):
+        thread.join(60)
+    assert replies == [{"prompt": "be kind"}]
+    assert [one.version for one in list_deployments()] == ["1"]
+    assert not EndpointFolder("my_agent").version_folder("2").exists()
+
+
+def test_a_dead_endpoint_is_deleted_when_it_has_answered(place: Place) -> None:
+    """Its workers outlive a killed supervisor until then; the reply is whole, and a row."""
+    (place.folder / "prompt.txt").write_text("be kind")
+    (place.folder / "my_agent.py").write_text(SLOW_AGENT)
+    deployment = place.deploy()
+    replies: list[dict[str, Any]] = []
+    asking = threading.Thread(
+        target=lambda: replies.append(ask(deployment, wait_for=str(place.folder / "go")))
+    )
+    asking.start()
+    wait_for((place.folder / "go.asked").exists, "the request to arrive")
+    pid = EndpointFolder("my_agent").state().pid  # type: ignore[union-attr]
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: deployment.status().state == "dead", "it to be dead")
+    deleting = threading.Thread(target=delete_deployment, args=("my_agent",))
+    deleting.start()
+    deleting.join(1)  # where it doesn't wait, it has deleted the copy by then
+    (place.folder / "go").touch()
+    for thread in (asking, deleting):
+        thread.join(60)
+    assert replies == [{"prompt": "be kind"}]
+    assert list_deployments() == []
+    assert len(rows(place.table)) == 1
+
+
 def test_a_number_is_never_given_again(place: Place) -> None:
     """Rows carry it: they must not seem to be another version's."""
     place.deploy()
@@ -303,11 +364,26 @@ def test_keys_protect_an_endpoint(place: Place, tmp_path: Path) -> None:
     assert httpx.get(f"{deployment.endpoint_url}/metrics", headers=headers).status_code == 404
     assert deployment.admin_url is not None
     assert httpx.get(f"{deployment.admin_url}/health").status_code == 200
-    assert "tracelake_captured_total 1.0" in httpx.get(f"{deployment.admin_url}/metrics").text
+    metrics = f"{deployment.admin_url}/metrics"
+    wait_for(lambda: "tracelake_captured_total 1.0" in httpx.get(metrics).text, "the request to be counted")
     deployment.stop()
     (row,) = rows(place.table)
     assert row["requester"] == "alice"
     assert key not in str(row) + deployment.logs(1000)
+
+
+def test_keys_of_the_environment_are_found_from_the_copy(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path in the deployer's environment means a file where that was, not in the frozen copy."""
+    (place.folder / ".gitignore").write_text("keys\n")
+    (place.folder / "keys").write_text(f"alice {'k' * 32}\n")
+    (place.folder / "keys").chmod(0o600)
+    monkeypatch.setenv("TRACELAKE_API_KEY_FILE", "keys")
+    deployment = place.deploy()
+    assert httpx.post(deployment.query_endpoint, json={}).status_code == 401
+    headers = {"x-api-key": "k" * 32}
+    assert httpx.post(deployment.query_endpoint, json={}, headers=headers).status_code == 200
 
 
 def test_the_command_line_does_the_same(place: Place) -> None:

@@ -1,9 +1,11 @@
 """Engine ``local``: endpoints outlive their deployer, replace versions unnoticed and look after workers."""
 
+import asyncio
 import contextlib
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -20,7 +22,9 @@ from starlette.requests import Request
 from starlette.routing import Mount, Route, Router
 
 from deploy import local
+from deploy.channel import send_blocking
 from deploy.log_file import cut, open_log
+from deploy.process import Launcher, WorkerProcess
 from deploy.registry import is_locked
 from deploy.routes import answers_invocations
 from inference_table.errors import DeploymentError
@@ -47,7 +51,9 @@ def test_an_endpoint_outlives_its_deployer(endpoint: LocalEndpoint) -> None:
         "import sys; from pathlib import Path; "
         "from deploy import local; from deploy.registry import EndpointFolder; "
         "path = Path(sys.argv[1]); folder = EndpointFolder(path.name, path.parent); "
-        "print(local.apply(folder, folder.endpoint()).pid)"
+        "pid = local.apply(folder, folder.endpoint()).pid; "
+        "parent = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1]; "
+        "print(pid, int(parent) == __import__('os').getpid())"
     )
     ended = subprocess.run(
         [sys.executable, "-W", "error", "-c", script, str(endpoint.files.path)],
@@ -59,9 +65,9 @@ def test_an_endpoint_outlives_its_deployer(endpoint: LocalEndpoint) -> None:
     )
     state = endpoint.state()
     assert ended.stderr == ""
-    assert state.pid == int(ended.stdout)
+    assert ended.stdout.split() == [str(state.pid), "False"]
+    assert state.pid is not None
     assert os.getsid(state.pid) not in (os.getsid(0), 0)
-    assert Path(f"/proc/{state.pid}/stat").read_text().rpartition(")")[2].split()[1] == "1"
     assert state.state == "serving"
     assert state.versions["1"].invocations
     assert {endpoint.ask()["pid"] for _ in range(5)} <= set(state.versions["1"].workers)
@@ -324,11 +330,20 @@ def test_a_port_in_use_is_named(endpoint: LocalEndpoint) -> None:
 def test_a_host_of_another_machine_is_named(endpoint: LocalEndpoint) -> None:
     """An address that isn't ours, and a name that is nobody's."""
     endpoint.add("1")
-    for host in ("203.0.113.7", "no-such-host.invalid"):
+    for host in ("203.0.113.7", "no-such-host.invalid", "no..host"):
         with pytest.raises(DeploymentError, match=f"'{host}' is no address of this machine"):
             endpoint.apply({"1": 100}, host=host)
 
 
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
 def test_an_endpoint_has_an_admin_port_and_ipv6(tmp_path: Path) -> None:
     """Both sockets are listened on, and the admin one stays with its workers while traffic is split."""
     with local_endpoint(tmp_path, host="::1", admin_port=0) as endpoint:
@@ -345,6 +360,85 @@ def test_an_endpoint_has_an_admin_port_and_ipv6(tmp_path: Path) -> None:
         assert httpx.get(f"http://127.0.0.1:{state.admin_port}/metrics").status_code == 200
         endpoint.stop()
         assert entities(endpoint) == {f"bot/{version}": count for version, count in versions.items()}
+
+
+def test_a_worker_whose_channel_has_ended_is_handed_nothing(tmp_path: Path) -> None:
+    """A process that is killed closes what it has open, then ends: who connects meanwhile gets another."""
+
+    async def run(listener: socket.socket) -> bool:
+        launcher = Launcher(
+            endpoint="bot",
+            logs=tmp_path,
+            listener=listener,
+            admin_listener=None,
+            lock=listener.fileno(),
+            environment={},
+            drain_seconds=1,
+            take_back=lambda connections: None,
+        )
+        ours, theirs = socket.socketpair()
+        process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        try:
+            worker = WorkerProcess(process, ours, launcher)
+            send_blocking(theirs, {"ready": True})
+            await worker.ready
+            assert worker.is_live
+            theirs.close()
+            async with asyncio.timeout(30):
+                while not worker.channel.is_closed:
+                    await asyncio.sleep(0.01)
+            return worker.is_live
+        finally:
+            process.communicate(b"\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert not asyncio.run(run(listener))
+
+
+def test_a_process_without_descriptors_hears_on(tmp_path: Path) -> None:
+    """The connection that it has no descriptor for is lost; commands that follow are not."""
+    script = (
+        "import asyncio, os, resource, socket, sys\n"
+        "from deploy.channel import Channel\n"
+        "async def main():\n"
+        "    ours, theirs = socket.socketpair()\n"
+        "    connection, other = socket.socketpair()\n"
+        "    heard = []\n"
+        "    Channel(ours, lambda message, one: heard.append((message['do'], one)), lambda: None)\n"
+        "    sender = Channel(theirs, lambda message, one: None, lambda: None)\n"
+        "    sender.send({'do': 'adopt', 'connection': True}, connection)\n"
+        "    sender.send({'do': 'drain'})\n"
+        "    taken = [os.dup(0)]\n"
+        "    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 1, 1024))\n"
+        "    while len(heard) < 2:\n"
+        "        await asyncio.sleep(0.01)\n"
+        "    print(heard)\n"
+        "asyncio.run(main())\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.stdout.strip(), ended.stderr) == ("[('adopt', None), ('drain', None)]", "")
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    """On a full disk the supervisor tries again at each change: what it has begun must not stay there."""
+    script = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from deploy.registry import write_json\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "try:\n"
+        "    write_json(Path(sys.argv[1]), {'error': 'e' * 1000})\n"
+        "except OSError:\n"
+        "    sys.exit(3)\n"
+    )
+    (tmp_path / "state.json").write_text("{}")
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "state.json")], cwd=ROOT, timeout=60)
+    assert ended.returncode == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+    assert (tmp_path / "state.json").read_text() == "{}"
 
 
 def test_a_log_cannot_steer_a_terminal(tmp_path: Path) -> None:
@@ -370,7 +464,8 @@ def test_a_log_that_has_grown_is_cut(tmp_path: Path) -> None:
     os.write(writer, b"later\n")
     os.close(writer)
     assert log.read_bytes() == b"later\n"
-    assert (tmp_path / "1.log.1").stat().st_size == 51 << 20
+    before = (tmp_path / "1.log.1").stat()
+    assert (before.st_size, stat.S_IMODE(before.st_mode)) == (51 << 20, 0o600)
 
 
 async def nothing(request: Request) -> None: ...
