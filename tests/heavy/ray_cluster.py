@@ -5,6 +5,7 @@ and its only proxy, on PORT. Then it reads lines: ``add NAME CPUS`` starts a nod
 ``TRACELAKE_HOME``, and answers with the id of its raylet's process. At the end of its input it stops them.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,15 @@ from typing import Any
 from tests.heavy.ray_nodes import add_node
 
 STORE_BYTES = 80_000_000
+PATIENCE = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+}
+"""Serve kills a proxy that takes 5 s to start, as it may beside other tests."""
 
 
 def main(folder: Path, port: int) -> None:
+    os.environ.update(PATIENCE)
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster
@@ -23,8 +30,10 @@ def main(folder: Path, port: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **common})
     try:
         ray.init(cluster.address, log_to_driver=False)
-        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-        ray.shutdown()
+        try:
+            serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        finally:
+            ray.shutdown()
         say(cluster.address)
         for line in sys.stdin:
             _, name, cpus = line.split()
