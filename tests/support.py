@@ -24,7 +24,7 @@ T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
 
 
-def wait_for(condition: Callable[[], T], what: str, seconds: float = 30.0) -> T:
+def wait_for(condition: Callable[[], T], what: str, seconds: float = 60.0) -> T:
     """The first true value of ``condition``; fails the test where none comes."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

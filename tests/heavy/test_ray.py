@@ -153,7 +153,7 @@ class Deployed:
             spool_dir="",
             traffic={number.removeprefix("v"): share for number, share in traffic.items()},
             generation=1,
-            wait_seconds=180.0,  # the machine has other tests to run
+            wait_seconds=300.0,  # the machine has other tests to run
             options={"address": self.address, **self.options},
         )
 
@@ -214,7 +214,7 @@ class Load:
                 self.acknowledged.append(reply.headers["x-databricks-request-id"])
 
     def until(self, count: int) -> None:
-        wait_for(lambda: len(self.acknowledged) >= count, f"{count} acknowledged requests", 300)
+        wait_for(lambda: len(self.acknowledged) >= count, f"{count} acknowledged requests", 600)
 
     def stop(self) -> list[str]:
         self._stop.set()
@@ -328,7 +328,7 @@ def test_strict_survives_a_killed_replica_and_a_killed_node(
     for pid in replicas_of(load, cluster.raylets["a"]):
         kill(pid)
     cluster.add("c", 2)
-    wait_for(lambda: answers_from(deployed, cluster.raylets["c"]), "an answer from the new node", 120)
+    wait_for(lambda: answers_from(deployed, cluster.raylets["c"]), "an answer from the new node", 240)
     deployed.stop()
     left = StorageSettings(uri=deployed.table, spool_dir=cluster.folder / "b" / "spool")
     assert drain(left).rows > 0
