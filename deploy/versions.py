@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -126,7 +127,9 @@ def freeze_agent(plan: VersionPlan, new: Path) -> tuple[str | None, str]:
         return plan.agent.given, CODE
     from serving.mlflow_model import fetch_model
 
-    shutil.copytree(fetch_model(plan.agent.given), new / MODEL)
+    # MLflow copies it to a folder that we name, or downloads it into one of its own that nobody removes.
+    with tempfile.TemporaryDirectory(dir=new, ignore_cleanup_errors=True) as folder:
+        Path(fetch_model(plan.agent.given, folder)).rename(new / MODEL)
     return None, MODEL
 
 

@@ -158,8 +158,12 @@ def full_mlflow(module: str, what: str) -> Any:
         ) from error
 
 
-def fetch_model(uri: str) -> str:
+def fetch_model(uri: str, into: str | None = None) -> str:
     """The local folder of a model, to which it is downloaded where it is elsewhere.
+
+    Args:
+        into: an existing folder that is to hold a copy; without one, a local model is where it is, and what
+            is downloaded in a temporary folder that stays.
 
     Raises:
         SettingsError: there is no such model, or its store does not answer.
@@ -167,7 +171,7 @@ def fetch_model(uri: str) -> str:
     artifacts = full_mlflow("mlflow.artifacts", f"{uri!r}")
     try:
         with little_patience():
-            folder: str = artifacts.download_artifacts(artifact_uri=uri)
+            folder: str = artifacts.download_artifacts(artifact_uri=uri, dst_path=into)
         full_mlflow("mlflow.models", f"{uri!r}").Model.load(folder)
     # What stands between us and a store (MLflow, requests, a cloud's SDK) raises whatever it likes.
     except Exception as error:

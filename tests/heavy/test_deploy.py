@@ -1,6 +1,7 @@
 """``deploy()`` with what users bring: a LangGraph agent, MLflow models; and the same agent on Ray."""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from deploy import Deployment, DeploymentError, delete_deployment, deploy, list_deployments
 from tests.heavy.graph_agents import write_graph, write_model
+from tests.heavy.ui_server import object_store
 from tests.support import free_port, output_of, rows, wait_for
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
@@ -87,6 +89,31 @@ def test_models_are_deployed_by_name_folder_and_alias(project: Path) -> None:
     saved = deploy("./saved", port=port, wait_seconds=180)
     assert saved.served_entity_name == "saved/1"
     assert ask(saved, {"inputs": ["a"]}) == {"predictions": ["three a"]}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_a_model_in_an_object_store_leaves_no_download(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is fetched into the version's copy, and nowhere else."""
+    with object_store(tmp_path) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", environment["AWS_ENDPOINT_URL"])
+        experiment = mlflow.MlflowClient().create_experiment("remote", "s3://bucket/models")
+        with mlflow.start_run(experiment_id=experiment):
+            mlflow.pyfunc.log_model(
+                name="model",
+                python_model=write_model(project, "far"),
+                pip_requirements=[],
+                registered_model_name="far",
+            )
+        temporary = tmp_path / "tmp"
+        temporary.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+        deployed = deploy("models:/far/1", port=free_port(), wait_seconds=180)
+    assert ask(deployed, {"inputs": ["a"]}) == {"predictions": ["far a"]}
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_model_that_is_not_there_is_named(project: Path) -> None:
