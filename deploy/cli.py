@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -333,19 +333,14 @@ def trace(
     click.echo(f"wrote {html_file}: it opens offline", err=True)
 
 
-def pair_of(separator: str) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], dict[str, str]]:
-    """A callback that makes a dictionary of a repeatable option ``name<separator>value``."""
-
-    def parse(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
-        pairs = {}
-        for text in texts:
-            name, found, value = text.partition(separator)
-            if not (name.strip() and found and text.isprintable() and text.isascii()):
-                raise click.BadParameter(f"{text!r} is not of the form {parameter.metavar}")
-            pairs[name.strip().lower()] = value.strip()
-        return pairs
-
-    return parse
+def settings_of(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not (name.strip() and separator):
+            raise click.BadParameter(f"{text!r} is not of the form {parameter.metavar}")
+        found[name.strip().lower()] = value.strip()
+    return found
 
 
 @main.command(
@@ -376,7 +371,7 @@ What the figures mean: docs/bench.md"""
     "headers",
     multiple=True,
     metavar="'NAME: VALUE'",
-    callback=pair_of(":"),
+    callback=review_commands.headers_of,
     help="Header to send; repeatable.",
 )
 @click.option(
@@ -405,7 +400,7 @@ What the figures mean: docs/bench.md"""
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    callback=pair_of("="),
+    callback=settings_of,
     help="Setting of capture, such as durability=strict; repeatable.",
 )
 @click.option(

@@ -15,7 +15,7 @@ import click
 
 from inference_table.errors import TracelakeError
 
-__all__ = ["replay", "table_option", "top"]
+__all__ = ["headers_of", "replay", "table_option", "top"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -384,3 +384,18 @@ def test_the_guide_names_every_option() -> None:
         if isinstance(option, click.Option):
             assert f"`{option.opts[0]}" in guide
             assert not option.show_default or str(option.default) in guide
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--header", "content-length: 5"), "content-length follows from the body"),
+        (("--header", "a b: x"), "'a b: x' is not of the form 'NAME: VALUE'"),
+        (("--setting", "durability"), "'durability' is not of the form NAME=VALUE"),
+    ],
+)
+def test_pairs_that_cannot_be_used_are_refused(folder: Path, options: tuple[str, ...], message: str) -> None:
+    """At once: every request would fail by them."""
+    code, output, errors = bench(folder, "my_agent:app", *options)
+    assert (code, output) == (2, "")
+    assert message in " ".join(errors.split())
