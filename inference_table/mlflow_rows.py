@@ -126,12 +126,9 @@ class TraceRows:
 
     def request_id(self, trace_id: str) -> str | None:
         """The request whose trace this is; None where the table has no such trace."""
-        if known := self._request_ids.get(trace_id):
-            return known
         with internal_errors():
-            return next(
-                (row["databricks_request_id"] for row in self._rows([trace_id], SMALL).values()), None
-            )
+            found = self._rows([trace_id], SMALL).get(trace_id)
+            return found["databricks_request_id"] if found else None
 
     def recorded(self, trace_id: str) -> dict[str, Any]:
         """The info of a trace as it was recorded, before anything was said of it."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deltalake import DeltaTable
 
 pytest.importorskip("mlflow.server", reason="needs the extra `heavy`: make test-all")
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -624,6 +625,22 @@ def test_a_row_that_waits_in_the_spool_takes_feedback(
     commit_all(committer)
     spool.close()
     assert [one.trace_id for one in search(store, "feedback.x = '1'")] == ["tr-late"]
+
+
+def test_a_trace_that_is_no_longer_there_takes_no_feedback(tmp_path: Path) -> None:
+    """A server that has shown it goes by the table, not by what it remembers."""
+    settings = settings_of(tmp_path)
+    open_or_create_table(settings)
+    spool, committer = Spool(settings), Committer(settings)
+    spool.append(batch(["old"]), sync=False)
+    commit_all(committer)
+    spool.close()
+    store = InferenceTableStore(store_uri(settings))
+    assert [one.trace_id for one in search(store)] == ["tr-old"]
+    DeltaTable(settings.uri).delete()
+    with pytest.raises(MlflowException) as caught:
+        store.create_assessment(Feedback(name="x", value=1, trace_id="tr-old"))
+    assert caught.value.error_code == "RESOURCE_DOES_NOT_EXIST"
 
 
 def test_the_address_of_a_store(tmp_path: Path) -> None:
