@@ -15,6 +15,7 @@ Where the channel ends, the supervisor has died: the worker drains. SIGTERM does
 import argparse
 import asyncio
 import faulthandler
+import logging
 import os
 import select
 import signal
@@ -44,12 +45,14 @@ FAREWELL_SECONDS: Final = 2.0
 IDLE_SECONDS: Final = 1.0
 """When a worker that ends unasked closes connections that rest."""
 QUIET_CHECKS: Final = 3
-"""A connection that was just accepted isn't counted yet: it is quiet when nothing is seen so many times."""
+"""It is quiet when nothing is seen so many times."""
 CHECK_SECONDS: Final = 0.05
+PAUSE_SECONDS: Final = 1.0
+"""After a connection could not be taken."""
 MAX_REASON: Final = 2_000
 NO_HTTP: Final = object()
 
-Listener = asyncio.AbstractServer
+logger = logging.getLogger("uvicorn.error")
 
 
 class WorkerServer(uvicorn.Server):
@@ -77,7 +80,7 @@ class WorkerServer(uvicorn.Server):
         self._public, self._admin = listeners
         self._watch = watch
         self._drain_seconds = drain_seconds
-        self._listening: dict[socket.socket, Listener] = {}
+        self._listening: set[socket.socket] = set()
         self._commands: asyncio.Queue[Message] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._left = asyncio.Event()
@@ -123,31 +126,48 @@ class WorkerServer(uvicorn.Server):
             match message["do"]:
                 case "accept":
                     self._edge.closing = False
-                    await self._listen(self._public)
-                    await self._listen(self._admin)
+                    self._listen(self._public)
+                    self._listen(self._admin)
                 case "release":
                     self._release()
-                    await self._listen(self._admin)
+                    self._listen(self._admin)
                 case "drain":
                     await self._drain(message["seconds"], message["idle_seconds"])
 
-    async def _listen(self, one: socket.socket | None) -> None:
+    def _listen(self, one: socket.socket | None) -> None:
         if one is None or one in self._listening or self.should_exit:
             return
-        loop = asyncio.get_running_loop()
-        # Of a duplicate: to close it later must not close the one that it can be opened from again.
-        server = await loop.create_server(self._protocol, sock=one.dup(), backlog=self.config.backlog)
-        self._listening[one] = server
-        self.servers.append(server)
+        one.setblocking(False)
+        self._listening.add(one)
+        asyncio.get_running_loop().add_reader(one, self._accept, one)
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Take what waits. A server of asyncio's, once closed, loses the connections that it just took."""
+        for _ in range(self.config.backlog):
+            try:
+                connection, _ = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:  # no descriptor is left, say
+                logger.error("cannot take connections, and try again in %g s: %s", PAUSE_SECONDS, error)
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(listener)
+                loop.call_later(PAUSE_SECONDS, self._listen_again, listener)
+                return
+            self._run(self._adopt(connection))
+
+    def _listen_again(self, listener: socket.socket) -> None:
+        if listener in self._listening:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     def _release(self) -> None:
         self._edge.closing = True
         self._unlisten(self._public)
 
     def _unlisten(self, one: socket.socket | None) -> None:
-        if one is not None and (server := self._listening.pop(one, None)) is not None:
-            server.close()
-            self.servers.remove(server)
+        if one in self._listening:
+            self._listening.remove(one)
+            asyncio.get_running_loop().remove_reader(one)
 
     def _protocol(self) -> asyncio.Protocol:
         make: Any = self.config.http_protocol_class

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -280,6 +281,34 @@ def test_a_crash_loop_in_a_split_leaves_all_to_the_other(endpoint: LocalEndpoint
     assert state.traffic == {"1": 100}
     assert state.versions["2"].state == "failed"
     assert {endpoint.ask()["pid"] for _ in range(8)} == {survivor}
+
+
+def test_a_worker_loses_no_connection_when_it_stops_to_take_them(
+    endpoint: LocalEndpoint, tmp_path: Path
+) -> None:
+    """One that it took in that very moment is answered too."""
+    endpoint.add("1")
+    version = endpoint.files.version("1")
+    assert version is not None
+    ours, theirs = socket.socketpair()
+    listener = socket.create_server(("127.0.0.1", 0))
+    with ours, theirs, listener, (tmp_path / "lock").open("ab") as lock:
+        fds = {"--channel": theirs.fileno(), "--listen": listener.fileno(), "--lock": lock.fileno()}
+        command = [sys.executable, "-P", "-m", "deploy.worker", "bot/1"]
+        command += [text for name, one in fds.items() for text in (name, str(one))]
+        worker = subprocess.Popen(command, env=version.environment, pass_fds=list(fds.values()))
+        endpoint.seen.add(worker.pid)
+        assert b"ready" in ours.recv(1000)
+        send_blocking(ours, {"do": "accept"})
+        with busy(f"http://127.0.0.1:{listener.getsockname()[1]}", fresh=6) as clients:
+            for _ in range(300):
+                send_blocking(ours, {"do": "release"})
+                send_blocking(ours, {"do": "accept"})
+                time.sleep(0.01)
+        send_blocking(ours, {"do": "drain", "seconds": 20, "idle_seconds": 0})
+        assert worker.wait(60) == 0
+    assert clients.failures == []
+    assert len(rows(endpoint.table)) == len(clients.versions)
 
 
 def children(pid: int | None) -> set[int]:
