@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from benchmarks.load import Client, Reply, post
-from benchmarks.report import Result, Target, main, scaled, write
+from benchmarks.report import Axes, Result, Target, main, scaled, write
 from deploy import Deployment, delete_deployment, deploy
 from deploy.bench import interleaved, percentile
 
@@ -143,7 +143,7 @@ def run() -> None:
         "request is drawn anew: a kept-alive client pays for a new connection each time.",
     ]
     question = "How long does a deployment take, who notices a replacement, and what does a split cost?"
-    write(Result("deployment", question, rows, targets, notes))
+    write(Result("deployment", question, rows, targets, notes), lambda axes: plot(axes, rows))
 
 
 def deployed(folder: Path, endpoint: str) -> Deployment:
@@ -205,6 +205,17 @@ def ratio(measured: list[float], beside: list[float], share: int) -> float:
 def milliseconds_row(what: str, found: list[float]) -> dict[str, object]:
     shares = {f"p{share} ms": percentile(found, share / 100) for share in (50, 99)}
     return {"what": what, "count": len(found), **shares, "max ms": max(found)}
+
+
+def plot(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Median and 99th percentile of the replies."""
+    shown = [row for row in reversed(rows) if "p50 ms" in row]
+    names = [row["what"] for row in shown]
+    for share, dot in ((50, "o"), (99, "|")):
+        axes.plot([row[f"p{share} ms"] for row in shown], names, dot, label=f"p{share}")
+    axes.set(xlabel="ms until a reply is there", xscale="log")
+    axes.xaxis.set_minor_formatter("")
+    axes.legend()
 
 
 def seconds_row(what: str, found: list[float]) -> dict[str, object]:
