@@ -3,7 +3,6 @@
 What a command needs is imported when it runs: ``tracelake --help`` answers at once.
 """
 
-import os
 import signal
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import click
 
 from deploy import commands, review_commands
+from deploy.options import headers_of, spool_option, table_option
 from deploy.spool_commands import spool
 from deploy.ui import ui
 from inference_table.errors import DeploymentError, TracelakeError
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 LAST: Final = "last"
-PIPE_WIDTH: Final = 120
-"""Cells of a line where there is no terminal to ask: most files and logs are read at that width or wider."""
 
 
 class Commands(click.Group):
@@ -59,20 +57,6 @@ def print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
         number = "(not installed)"
     click.echo(f"tracelake {number}")
     ctx.exit()
-
-
-table_option = click.option(
-    "--table",
-    metavar="URI",
-    help="Delta table: a path, s3://, az:// or gs://.  "
-    "[default: INFERENCE_TABLE_URI, else ./tracelake-data/payload]",
-)
-spool_option = click.option(
-    "--spool-dir",
-    metavar="DIR",
-    help="Where rows wait on this machine.  "
-    "[default: INFERENCE_TABLE_SPOOL_DIR, else ./tracelake-data/spool]",
-)
 
 
 @click.group(
@@ -371,7 +355,7 @@ What the figures mean: docs/bench.md"""
     "headers",
     multiple=True,
     metavar="'NAME: VALUE'",
-    callback=review_commands.headers_of,
+    callback=headers_of,
     help="Header to send; repeatable.",
 )
 @click.option(
@@ -463,13 +447,11 @@ def find_row(source: "InferenceTable", id_: str, where: str | None, pending: boo
 
 
 def print_request(row: "InferenceRow", full: bool) -> None:
-    from rich.console import Console
-
+    from deploy.output import plain_console
     from deploy.span_tree import render_request, render_trace
 
-    console = Console(highlight=False, markup=False, emoji=False)
-    width = console.width if console.is_terminal or "COLUMNS" in os.environ else PIPE_WIDTH
-    for line in render_request(row, width, full=full):
+    console = plain_console()
+    for line in render_request(row, console.width, full=full):
         console.print(line, soft_wrap=True)
     console.print()
     main_trace = row.trace()
@@ -477,7 +459,7 @@ def print_request(row: "InferenceRow", full: bool) -> None:
         console.print("no trace was recorded for this request", style="dim")
         return
     for one in [main_trace, *row.other_traces()]:
-        for line in render_trace(one, width, full=full):
+        for line in render_trace(one, console.width, full=full):
             console.print(line, soft_wrap=True)
 
 

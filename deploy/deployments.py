@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from deploy.endpoints import endpoint_lock, engine_of, is_up, remembered, remove, reverting
+from deploy.listening import netloc
 from deploy.registry import Endpoint, EndpointFolder, State, Version, endpoint_names
 from deploy.versions import discard
 from inference_table.errors import DeploymentError
@@ -24,7 +25,6 @@ __all__ = [
 POLL_SECONDS: Final = 0.05
 END_SECONDS: Final = 60.0
 """What workers may take to end beyond the time to drain: as long as they may flush, and more."""
-WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,9 +244,3 @@ def path_of(endpoint: Endpoint) -> str:
         return ""
     prefix: str = endpoint.options.get("route_prefix", f"/{endpoint.name}")
     return prefix.rstrip("/")
-
-
-def netloc(host: str, port: int | None) -> str:
-    host = WILDCARDS.get(host, host)
-    shown = f"[{host}]" if ":" in host else host
-    return shown if port is None else f"{shown}:{port}"

@@ -7,7 +7,7 @@ from typing import Final
 
 from inference_table.errors import DeploymentError
 
-__all__ = ["listen", "listen_anywhere", "port_of"]
+__all__ = ["listen", "listen_anywhere", "netloc", "port_of"]
 
 BACKLOG: Final = 2048
 """As uvicorn's: connections that wait while no worker takes any."""
@@ -15,6 +15,7 @@ USUAL_PORT: Final = 8000
 LINGER_SECONDS: Final = 2.0
 """Workers whose supervisor was killed let go of its port within moments; one that has it longer keeps it."""
 POLL_SECONDS: Final = 0.05
+WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def listen(host: str, port: int, what: str = "port") -> socket.socket:
@@ -40,10 +41,10 @@ def listen(host: str, port: int, what: str = "port") -> socket.socket:
             ) from error
 
 
-def listen_anywhere(host: str) -> socket.socket:
+def listen_anywhere(host: str, usual_port: int = USUAL_PORT) -> socket.socket:
     """Like :func:`listen`, on the usual port where that is free."""
     try:
-        return bound(host, USUAL_PORT)
+        return bound(host, usual_port)
     except OSError:
         return listen(host, 0)
 
@@ -85,3 +86,10 @@ def problem(error: OSError, host: str, port: int, what: str) -> str:
 def port_of(listener: socket.socket) -> int:
     port: int = listener.getsockname()[1]
     return port
+
+
+def netloc(host: str, port: int | None) -> str:
+    """What a URL calls an address that is listened on."""
+    host = WILDCARDS.get(host, host)
+    shown = f"[{host}]" if ":" in host else host
+    return shown if port is None else f"{shown}:{port}"

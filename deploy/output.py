@@ -6,6 +6,7 @@ name of a span must not steer it.
 
 import csv
 import io
+import os
 import re
 import shutil
 import sys
@@ -18,9 +19,11 @@ import orjson
 from inference_table.errors import QueryError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from inference_table.result import QueryResult
 
-__all__ = ["printable", "write_result"]
+__all__ = ["plain_console", "printable", "write_result"]
 
 MIN_COLUMN: Final = 10
 """Cells below which a column says nothing: then rows are written one value a line instead."""
@@ -29,6 +32,18 @@ MAX_CELL: Final = 10_000
 """Characters of a value that are looked at for a terminal: a payload may be megabytes."""
 CONTROLS: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """C0, DEL and C1, but for tab and line break, which CSV needs."""
+PIPE_WIDTH: Final = 120
+"""Cells of a line where there is no terminal to ask: most files and logs are read at that width or wider."""
+
+
+def plain_console() -> "Console":
+    """Standard output for drawing: text of others is taken for no markup."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPE_WIDTH
+    return console
 
 
 def write_result(result: "QueryResult", style: str) -> None:

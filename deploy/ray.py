@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from deploy.listening import netloc
 from deploy.ray_driver import routes
 from deploy.registry import Endpoint, EndpointFolder, State, Version, VersionState
 from inference_table.errors import DeploymentError
@@ -28,7 +29,6 @@ __all__ = ["apply", "logs", "state", "stop"]
 
 DRIVER: Final = "from deploy.ray_driver import main; main()"
 USUAL_PORT: Final = 8000
-WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 ENDPOINT_OPTIONS: Final = frozenset({"address", "route_prefix"})
 VERSION_OPTIONS: Final = frozenset(
     {"autoscaling", "max_ongoing_requests", "num_replicas", "ray_actor_options"}
@@ -221,8 +221,7 @@ def route_prefix(endpoint: Endpoint) -> str:
 
 def base_url(endpoint: Endpoint) -> str:
     """Where Serve's proxy is reached."""
-    host = WILDCARDS.get(endpoint.host, endpoint.host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{endpoint.port or USUAL_PORT}"
+    return f"http://{netloc(endpoint.host, endpoint.port or USUAL_PORT)}"
 
 
 def run(endpoint: Endpoint, task: Mapping[str, Any]) -> Any:

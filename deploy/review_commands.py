@@ -4,7 +4,6 @@ What they need is imported when they run, as in :mod:`deploy.cli`.
 """
 
 import math
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,10 @@ from urllib.parse import urlsplit
 
 import click
 
+from deploy.options import headers_of, spool_option, table_option
 from inference_table.errors import TracelakeError
 
-__all__ = ["headers_of", "replay", "table_option", "top"]
+__all__ = ["replay", "top"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -24,13 +24,9 @@ PACED_CONCURRENCY: Final = 100
 MAX_CONCURRENCY: Final = 8
 """The same as fast as possible: enough to keep a small server busy, few enough not to knock it over."""
 
-HEADER_NAME: Final = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
-FRAMING: Final = frozenset({"content-length", "transfer-encoding"})
-"""Headers that say where a body ends."""
-
 
 class Speed(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
-    """``recorded`` (1), a factor, or ``max`` (None)."""
+    """``recorded`` (1), a factor, or ``max``."""
 
     name = "speed"
 
@@ -69,19 +65,6 @@ def url_of(_: click.Context, __: click.Parameter, text: str) -> str:
     return text
 
 
-def headers_of(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for text in texts:
-        name, separator, value = text.partition(":")
-        name = name.strip().lower()
-        if not (HEADER_NAME.fullmatch(name) and separator and text.isprintable() and text.isascii()):
-            raise click.BadParameter(f"{text!r} is not of the form {parameter.metavar}")
-        if name in FRAMING:
-            raise click.BadParameter(f"{name} follows from the body of each request; leave it out")
-        found[name] = value.strip()
-    return found
-
-
 def in_a_folder(_: click.Context, __: click.Parameter, file: Any) -> Any:
     """A file to write, in a folder that is there: found out before anything is sent."""
     if file is not None:
@@ -101,14 +84,6 @@ def file_option(name: str, text: str) -> Callable[[Command], Command]:
         callback=in_a_folder,
         help=text,
     )
-
-
-table_option: Final = click.option(
-    "--table",
-    metavar="URI",
-    help="Delta table.  [default: INFERENCE_TABLE_URI, else ./tracelake-data/payload]",
-)
-spool_option: Final = click.option("--spool-dir", metavar="DIR", help="Where rows wait on this machine.")
 
 
 @click.command(

@@ -22,7 +22,7 @@ from typing import Any, Final
 import click
 
 from deploy.brief import brief
-from deploy.output import printable
+from deploy.output import plain_console, printable
 from deploy.top_view import Frame, Traffic, head_height, render
 from inference_table.errors import SpoolError, TracelakeError
 from inference_table.settings import StorageSettings
@@ -39,7 +39,6 @@ PREVIEW: Final = 400
 """Characters of a preview: more fit on no line."""
 ONCE_LINES: Final = 15
 """Newest requests where there is no screen to fill."""
-PIPE_WIDTH: Final = 120
 KEY_SECONDS: Final = 0.1
 """How soon a key or a resize is noticed."""
 QUITTING: Final = (b"q", b"Q", b"\x03", b"\x04", b"")
@@ -193,12 +192,8 @@ def preview(text: str | None) -> str | None:
 
 def print_frame(frame: Frame) -> None:
     """One frame, on standard output."""
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    width = console.width if console.is_terminal or "COLUMNS" in os.environ else PIPE_WIDTH
-    console.width = width
-    console.print(render(frame, width, ONCE_LINES + 1))
+    console = plain_console()
+    console.print(render(frame, console.width, ONCE_LINES + 1))
 
 
 def print_json(source: Watch, interval: float | None) -> None:
@@ -256,11 +251,10 @@ def watch(source: Watch, interval: float) -> None:
     Raises:
         TableNotFoundError, TableError: the first look failed.
     """
-    from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = plain_console()
     # A signal leaves the terminal as it was.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda caught, _: sys.exit(128 + caught))

@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,8 @@ from typing import Final
 
 import click
 
-from deploy.review_commands import table_option
+from deploy.listening import listen, listen_anywhere, netloc, port_of
+from deploy.options import table_option
 from inference_table.errors import TracelakeError
 from inference_table.mlflow_location import StoreLocation, store_location, store_uri
 from inference_table.settings import StorageSettings
@@ -91,7 +91,7 @@ def ui(
     location = store_location(uri)
     with location.making():
         pass  # else the server's traceback says that it can't
-    chosen = free_port(host) if port is None else checked_port(host, port)
+    chosen = port_for(host, port)
     options = {"--app-name": app_name, "--allowed-hosts": allowed_hosts}
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri),
@@ -101,7 +101,7 @@ def ui(
     ]
     click.echo(f"starting MLflow {version('mlflow')} on {settings.uri} ...", err=True)
     with server(command) as process:
-        wait_until_up(process, f"http://{reached_at(host)}:{chosen}")
+        wait_until_up(process, f"http://{netloc(host, chosen)}")
         click.echo(page(location, host, chosen))
         code = process.wait()
     if code:
@@ -214,41 +214,15 @@ def answers(url: str) -> bool:
         return False
 
 
-def reached_at(host: str) -> str:
-    if host in ("0.0.0.0", "::"):
-        return "127.0.0.1"
-    return f"[{host}]" if ":" in host else host
-
-
 def page(location: StoreLocation, host: str, port: int) -> str:
-    return f"http://{reached_at(host)}:{port}/#/experiments/{location.experiment_id}/traces"
+    return f"http://{netloc(host, port)}/#/experiments/{location.experiment_id}/traces"
 
 
-def free_port(host: str) -> int:
-    """MLflow's usual port where it is free, else another."""
-    try:
-        return bound_port(host, USUAL_PORT)
-    except OSError:
-        return any_port(host)
+def port_for(host: str, port: int | None) -> int:
+    """A port that MLflow can have: the one asked for, else its usual one, else any free one.
 
-
-def any_port(host: str) -> int:
-    return checked_port(host, 0)
-
-
-def checked_port(host: str, port: int) -> int:
-    try:
-        return bound_port(host, port)
-    except OSError as error:
-        raise TracelakeError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; give another --port or --host"
-        ) from error
-
-
-def bound_port(host: str, port: int) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
-        number: int = probe.getsockname()[1]
-        return number
+    Raises:
+        DeploymentError: that address can't be had.
+    """
+    with listen_anywhere(host, USUAL_PORT) if port is None else listen(host, port, "--port") as probe:
+        return port_of(probe)

@@ -21,7 +21,6 @@ from inference_table.delta import (
     sync_data_files,
     table_errors,
     table_id,
-    table_uri,
     transaction_version,
 )
 from inference_table.disk import make_data_dir_of, sync_dir, sync_file
@@ -179,7 +178,7 @@ class AnnotationCommitter:
         try:
             with table_errors(self.settings, "create"):
                 table = DeltaTable.create(
-                    table_uri(self.settings),
+                    self.settings.uri,
                     ANNOTATION_SCHEMA,
                     configuration=CONFIGURATION,
                     storage_options=dict(self.settings.storage_options),

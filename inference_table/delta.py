@@ -76,7 +76,7 @@ def open_table(settings: StorageSettings) -> DeltaTable:
     """
     try:
         with table_errors(settings, "open"):
-            return DeltaTable(table_uri(settings), storage_options=dict(settings.storage_options))
+            return DeltaTable(settings.uri, storage_options=dict(settings.storage_options))
     except TableError as error:
         if isinstance(error.__cause__, DeltaNotFoundError):
             raise TableNotFoundError(
@@ -106,7 +106,7 @@ def create_table(settings: StorageSettings) -> DeltaTable:
     try:
         with table_errors(settings, "create"):
             return DeltaTable.create(
-                table_uri(settings),
+                settings.uri,
                 SCHEMA,
                 partition_by=[PARTITION_COLUMN],
                 configuration=CONFIGURATION,
@@ -118,10 +118,6 @@ def create_table(settings: StorageSettings) -> DeltaTable:
             return open_table(settings)
         except TableError:
             raise error from None
-
-
-def table_uri(settings: StorageSettings) -> str:
-    return settings.uri
 
 
 def table_files(settings: StorageSettings, table: DeltaTable, sizes: Mapping[str, int]) -> FileSystem:

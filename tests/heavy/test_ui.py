@@ -292,6 +292,12 @@ def test_a_port_that_is_taken_is_an_error(folder: Path) -> None:
     assert "in use" in said and "--port" in said
 
 
+def test_a_host_that_is_none_is_an_error(folder: Path) -> None:
+    """Not only one that is not found: this is no name at all."""
+    said = ended("--table", str(folder / "payload"), "--host", "a..b")
+    assert said.startswith("Error: cannot listen on a..b") and said.count("\n") == 1
+
+
 def test_a_state_that_cannot_be_made_is_an_error(folder: Path, tmp_path: Path) -> None:
     """It is said at once, by us, and how to choose another place."""
     (tmp_path / "file").write_text("")
